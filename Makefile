@@ -1,0 +1,66 @@
+# Every command works on a clean clone: what it needs is installed into .venv first.
+#   make build | test | bench | lint | wheel | format | clean
+# PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TRITON ?= 3.7.*
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# One stamp per torch version: TORCH=... on the command line installs again, a second call does nothing.
+READY := $(VENV)/.ready-torch-$(TORCH)
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := build
+.PHONY: setup build test bench lint format wheel clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "effkern needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "effkern needs a C++ compiler: install GCC 11 or newer (Debian, Ubuntu: apt install g++) or set CXX"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "effkern needs Python's venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@rm -f $(VENV)/.ready-*
+	@# A constraint, not only a requirement: no version range of another package may pull another torch.
+	@printf 'torch==%s\ntriton==%s\n' '$(TORCH)' '$(TRITON)' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt torch 'setuptools>=77' wheel cmake ninja 'pybind11>=2.12' numpy
+	@case "$$(uname -sm)" in "Linux x86_64"|"Linux aarch64") \
+	  $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt triton || echo "triton is not available here: its kernels are left out";; esac
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: $(READY)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	$(BIN)/effkern bench --quick $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@# mypy sees the package as it is installed: bench/ and triton_kernels/ inside effkern/
+	@rm -rf build/typing && mkdir -p build/typing && cp -rs "$(CURDIR)/effkern" build/typing/effkern
+	@cp -rs "$(CURDIR)/bench" build/typing/effkern/bench && cp -rs "$(CURDIR)/triton_kernels" build/typing/effkern/_triton
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p effkern
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(READY)
+	@rm -rf build/lib.* build/bdist.* dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls -l dist
+
+clean:
+	rm -rf build dist effkern/lib effkern/_host*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

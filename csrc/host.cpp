@@ -1,0 +1,65 @@
+// effkern._host: what Python needs to know about the host side. Tensors never pass through here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention/tiles.h"
+#include "core/cpu/isa.h"
+#include "core/trace.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> names;
+  for (effkern::Isa level : effkern::isa_levels()) names.emplace_back(effkern::isa_name(level));
+  return names;
+}
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> features;
+  for (const effkern::CpuFeature& feature : effkern::cpu_features()) features[feature.name] = feature.present;
+  return features;
+}
+
+using TileRow = std::vector<std::tuple<int64_t, int64_t, bool>>;
+
+std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool causal, bool top_left, int64_t query_tile,
+                                         int64_t key_tile) {
+  if (queries < 0 || keys < 0) throw py::value_error("attention_tile_plan: sq and sk must not be negative");
+  if (query_tile < 1 || key_tile < 1) throw py::value_error("attention_tile_plan: tiles must be at least 1");
+  const effkern::attention::Visibility visible{keys, top_left ? 0 : keys - queries, causal};
+  const auto lists = effkern::attention::key_tile_lists(visible, queries, query_tile, key_tile);
+  std::vector<TileRow> plan(lists.first.size() - 1);
+  for (size_t row = 0; row < plan.size(); ++row) {
+    for (int64_t entry = lists.first[row]; entry < lists.first[row + 1]; ++entry) {
+      const auto& tile = lists.entries[entry];
+      plan[row].emplace_back(tile.begin, tile.begin + tile.count, tile.partial != 0);
+    }
+  }
+  return plan;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host side of effkern: CPU levels, tile plans, path trace.";
+  m.def("isa_levels", &isa_levels, "CPU levels this machine can run, ascending.");
+  m.def("isa_active", [] { return std::string(effkern::isa_name(effkern::isa_active())); }, "CPU level in use.");
+  m.def(
+      "isa_force", [](const std::optional<std::string>& level) { effkern::isa_force(level.value_or("")); },
+      py::arg("level"), "Forces a CPU level by name; None lifts the force. ValueError if it cannot run here.");
+  m.def("cpu_features", &cpu_features, "What cpuid and the operating system report.");
+  m.def("cpu_name", &effkern::cpu_name);
+  m.def("trace_last", &effkern::trace_last, "Path that ran last, such as 'attention:cpu/avx2'; '' before the first.");
+  m.def("trace_record", &effkern::trace_record_copy, py::arg("path"), "Records a path that runs in Python.");
+  m.def("attention_tile_plan", &attention_tile_plan, py::arg("sq"), py::arg("sk"), py::arg("causal"),
+        py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"),
+        "Key tiles each query tile visits: (begin, end, partial).");
+}
