@@ -35,7 +35,7 @@ $(READY): pyproject.toml Makefile
 	@touch $@
 
 build: $(READY)
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python setup.py build_ext --inplace
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)

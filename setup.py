@@ -45,6 +45,17 @@ def flag(name: str, default: str) -> str:
     return "ON" if value in TRUE else "OFF"
 
 
+def publish(stage: Path, target: Path) -> None:
+    """Moves the libraries into the package one by one, each at once: running processes keep the file they have open."""
+    (target / "lib").mkdir(parents=True, exist_ok=True)
+    fresh = {path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
+    for name in fresh:
+        os.replace(shutil.copy2(stage / name, target / f"{name}.new"), target / name)
+    for path in (*target.glob("lib/*"), *target.glob("_host.*")):
+        if path.relative_to(target) not in fresh:
+            path.unlink()  # a library that is no longer built must not stay behind
+
+
 class CMakeBuild(build_ext):
     """`build_ext --define NAME[=VALUE]` becomes -DNAME=VALUE for CMake; each such variant has its own build folder."""
 
@@ -73,21 +84,22 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": str(torch),
-            "CMAKE_INSTALL_PREFIX": str(target),
         }
         cmake = tool("cmake")
-        quiet = ["--log-level=WARNING"] if self.verbose < 1 else []
-        self.call(cmake, *quiet, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+        self.call(cmake, "--log-level=WARNING", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
                   *(f"-D{name}={value}" for name, value in sorted(defines.items())))
-        self.call(cmake, "--build", str(folder), *(["--parallel", str(self.parallel)] if self.parallel else []))
-        shutil.rmtree(target / "lib", ignore_errors=True)  # a library that is no longer built must not stay behind
-        for old in target.glob("_host.*.so"):
-            old.unlink()
+        self.call(cmake, "--build", str(folder), *(["--parallel", str(self.parallel)] if self.parallel else []),
+                  show=self.verbose > 0)
         strip = [] if defines["EFFKERN_SANITIZE"] == "ON" else ["--strip"]
-        self.call(cmake, "--install", str(folder), *strip)
+        stage = folder / "install"
+        shutil.rmtree(stage, ignore_errors=True)
+        self.call(cmake, "--install", str(folder), "--prefix", str(stage), *strip)
+        publish(stage, target)
 
-    def call(self, *command: str) -> None:
-        if subprocess.run(command, stdout=None if self.verbose else subprocess.DEVNULL).returncode:
+    def call(self, *command: str, show: bool = False) -> None:
+        done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True)
+        if done.returncode:
+            print(done.stdout or "", file=sys.stderr)
             sys.exit(f"effkern: the build failed in: {' '.join(command)}")
 
 
