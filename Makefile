@@ -14,7 +14,7 @@ READY := $(VENV)/.ready-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test bench lint format wheel clean
+.PHONY: setup build test bench lint typing format wheel clean
 
 setup: $(READY)
 
@@ -38,15 +38,17 @@ build: $(READY)
 	@$(BIN)/python setup.py build_ext --inplace
 
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 bench: build
 	$(BIN)/effkern bench --quick $(ARGS)
 
-lint: $(READY)
+lint: $(READY) typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+typing: $(READY)
 	@# mypy sees the package as it is installed: bench/ and triton_kernels/ inside effkern/
 	@rm -rf build/typing && mkdir -p build/typing && cp -rs "$(CURDIR)/effkern" build/typing/effkern
 	@cp -rs "$(CURDIR)/bench" build/typing/effkern/bench && cp -rs "$(CURDIR)/triton_kernels" build/typing/effkern/_triton

@@ -74,7 +74,9 @@ class CMakeBuild(build_ext):
                 "NO CUDA COMPILER (nvcc) WAS FOUND: the CUDA library is left out of this build. "
                 "The CPU library and Triton kernels work without it; to have it, put nvcc on PATH and build again."
             )
-        defines |= {name: value or "ON" for name, value in self.define or []}
+        for define, _ in self.define or []:  # setuptools has split the option at commas
+            name, _, value = define.partition("=")
+            defines[name] = value or "ON"
         variant = "".join(f"-{name.removeprefix('EFFKERN_').lower()}" for name in ("EFFKERN_SANITIZE", "EFFKERN_EMULATE")
                           if defines.get(name) in ("1", "ON"))
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}{variant or '-release'}"

@@ -88,7 +88,7 @@ const Cpu& cpu() {
   return detected;
 }
 
-bool available(Isa level) {
+bool available([[maybe_unused]] Isa level) {
 #if defined(EFFKERN_EMULATE)
   return true;  // the AVX-512 and AMX units of this build are emulated on AVX2
 #else
