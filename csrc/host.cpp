@@ -34,8 +34,11 @@ std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool cau
                                          int64_t key_tile) {
   if (queries < 0 || keys < 0) throw py::value_error("attention_tile_plan: sq and sk must not be negative");
   if (query_tile < 1 || key_tile < 1) throw py::value_error("attention_tile_plan: tiles must be at least 1");
-  const effkern::attention::Visibility visible{keys, top_left ? 0 : keys - queries, causal};
-  const auto lists = effkern::attention::key_tile_lists(visible, queries, query_tile, key_tile);
+  effkern::attention::Window window{};
+  window.keys = keys;
+  window.shift = top_left ? 0 : keys - queries;
+  window.causal = causal;
+  const auto lists = effkern::attention::key_tile_lists(window, queries, query_tile, key_tile);
   std::vector<TileRow> plan(lists.first.size() - 1);
   for (size_t row = 0; row < plan.size(); ++row) {
     for (int64_t entry = lists.first[row]; entry < lists.first[row + 1]; ++entry) {
