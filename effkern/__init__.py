@@ -1,0 +1,27 @@
+"""Kernels from efficient-ML papers as drop-in PyTorch ops.
+
+    import effkern
+    out = effkern.attention(q, k, v, causal=True)
+
+`effkern.backends` says which backend runs and forces one, `effkern.nn` has the modules, `effkern.testing` the error
+measures, `effkern.reference` the plain PyTorch versions.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from effkern import _lib
+
+_lib.load()
+
+from effkern import backends, nn, ops, reference, testing  # noqa: E402
+from effkern.ops import registry  # noqa: E402
+from effkern.ops.attention import attention  # noqa: E402
+
+registry.discover()
+
+try:
+    __version__ = version("effkern")
+except PackageNotFoundError:  # a source tree on the path that was never installed
+    __version__ = "0+source"
+
+__all__ = ["__version__", "attention", "backends", "nn", "ops", "reference", "testing"]

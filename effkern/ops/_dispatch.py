@@ -1,0 +1,116 @@
+"""Registrations every family needs: Python kernels by dispatch key, autocast, flop formulas."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkern import _lib
+
+_lib.load()
+
+# Keeps the Python registrations of all families alive.
+LIBRARY = torch.library.Library("effkern", "IMPL")
+
+
+def register_kernel(op: str, kernel: Callable[..., Any], *keys: str) -> None:
+    for key in keys:
+        LIBRARY.impl(op, kernel, key)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype a floating tensor has inside an op under the autocast mode of its device."""
+    device = tensor.device.type
+    if tensor.is_floating_point() and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def register_autocast(op: str) -> None:
+    """Casts every floating argument but float64 to the current autocast dtype, as PyTorch's own matmul ops do.
+
+    `torch.library.register_autocast` would fix the dtype once and for all.
+    """
+    overload = getattr(torch.ops.effkern, op).default
+
+    def register(device: str) -> None:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+        excluded = torch._C.DispatchKeySet(key)
+
+        def kernel(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [
+                arg.to(dtype)
+                if isinstance(arg, Tensor)
+                and arg.is_floating_point()
+                and arg.dtype not in (dtype, torch.float64)
+                and arg.device.type == device
+                else arg
+                for arg in args
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return overload(*cast)
+
+        LIBRARY.impl(op, kernel, f"Autocast{device.upper()}")
+
+    for device in ("cpu", "cuda"):
+        register(device)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Calls `action` once, right after `module` has been imported by whoever wants it, and is gone."""
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self.module, self.action = module, action
+        self.loader: importlib.abc.Loader | None = None
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec) if self.loader else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self.loader is not None and module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.action()
+
+
+_COUNTER = "torch.utils.flop_counter"
+_formulas: dict[str, Callable[..., int]] = {}
+
+
+def _register_flops() -> None:
+    from torch.utils import flop_counter
+
+    while _formulas:
+        op, formula = _formulas.popitem()
+        flop_counter.register_flop_formula(getattr(torch.ops.effkern, op), get_raw=True)(formula)
+
+
+def register_flops(op: str, formula: Callable[..., int]) -> None:
+    """Gives `formula`, which takes the op's arguments, to FlopCounterMode.
+
+    Only once its module is imported: that import brings in triton, half a second nobody else should pay for.
+    """
+    _formulas[op] = formula
+    if _COUNTER in sys.modules:
+        _register_flops()
+    elif not any(isinstance(finder, _AfterImport) and finder.module == _COUNTER for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(_COUNTER, _register_flops))
