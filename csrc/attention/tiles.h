@@ -8,37 +8,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention/kernel.h"
+
 namespace effkern::attention {
 
-// Which keys a query of one sequence may see: the half-open interval [low(i), high(i)).
-// Plain data: kernels get a copy and evaluate it per lane of a partial tile.
-struct Visibility {
-  int64_t keys = 0;    // keys in the sequence
-  int64_t shift = 0;   // position of query 0 among the keys (causal only)
-  bool causal = false;
-
-  int64_t low(int64_t) const { return 0; }
-  int64_t high(int64_t query) const {
-    if (!causal) return keys;
-    const int64_t end = query + shift + 1;
-    return end < 0 ? 0 : (end < keys ? end : keys);
-  }
-};
-
-// One stretch of keys for a query tile: keys [begin, begin + count).
-struct KeyTile {
-  int64_t begin;
-  int32_t count;
-  int32_t partial;  // 1: some (query, key) pair inside is masked
-};
-
-// One visit of a key tile: the query tile, and how many key tiles that query tile has visited before.
-// The rank fixes the order in which key tiles add to a query gradient, whatever the number of threads.
-struct QueryVisit {
-  int32_t query_tile;
-  int32_t rank;
-  int32_t partial;
-};
+// Past-the-end key of what `query` sees.
+inline int64_t visible_end(const Window& window, int64_t query) {
+  if (!window.causal) return window.keys;
+  return std::clamp<int64_t>(query + window.shift + 1, 0, window.keys);
+}
 
 // Lists in compressed-row form: those of tile t are entries[first[t] .. first[t + 1]).
 struct KeyTileLists {
@@ -53,13 +31,13 @@ struct QueryVisitLists {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline KeyTileLists key_tile_lists(const Visibility& visible, int64_t queries, int64_t query_tile, int64_t key_tile) {
+inline KeyTileLists key_tile_lists(const Window& window, int64_t queries, int64_t query_tile, int64_t key_tile) {
   KeyTileLists lists;
   lists.first.push_back(0);
   for (int64_t begin = 0; begin < queries; begin += query_tile) {
     const int64_t last = std::min(begin + query_tile, queries) - 1;
-    // Intervals move monotonically with the query, so the first and last query bound the tile.
-    const int64_t union_end = visible.high(last), common_end = visible.high(begin);
+    // What a query sees grows with its index, so the first and last query of the tile bound it.
+    const int64_t union_end = visible_end(window, last), common_end = visible_end(window, begin);
     for (int64_t key = 0; key < union_end; key += key_tile) {
       const int64_t end = std::min(key + key_tile, union_end);
       lists.entries.push_back({key, static_cast<int32_t>(end - key), end > common_end});

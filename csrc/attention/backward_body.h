@@ -1,0 +1,210 @@
+// Attention backward for one key tile: grad_k and grad_v stay put while the query tiles that see the keys stream by,
+// and each visit adds its share of grad_q. Five products a visit, nothing recomputed twice, no atomics on data: key
+// tiles add to a query gradient in list order, so results do not depend on the number of threads.
+#pragma once
+
+#include <sched.h>
+
+#include "attention/forward_body.h"
+
+namespace effkern {
+namespace EFFKERN_UNIT {
+
+using attention::BackwardTile;
+using attention::QueryPack;
+using attention::QueryVisit;
+
+// The packed block of one query tile: operands of the four products it takes part in, row statistics, and the
+// transposed fp32 accumulator of its gradient.
+struct QueryBlock {
+  void *query_operand, *grad_out_operand;  // transposed: scores, and dP
+  void *query_rows, *grad_out_rows;        // as rows: grad_k, and grad_v
+  float *lse, *delta;                      // log2 units with +inf for rows without keys; rowsum(dO O) - dLSE
+  float* grad_query;                       // (head_dim, lanes)
+};
+
+template <class Engine>
+static int64_t query_block_layout(const Problem& p, char* base, QueryBlock* block) {
+  const int64_t lanes = Engine::kBackwardQueryTile;
+  const int64_t sizes[7] = {Engine::query_operand_bytes(p.head_dim, lanes),
+                            Engine::query_operand_bytes(p.value_dim, lanes),
+                            Engine::query_rows_bytes(p.head_dim, lanes),
+                            Engine::query_rows_bytes(p.value_dim, lanes),
+                            lanes * 4,
+                            lanes * 4,
+                            Engine::padded_dim(p.head_dim) * lanes * 4};
+  int64_t offsets[8] = {0};
+  for (int i = 0; i < 7; ++i) offsets[i + 1] = round_up(offsets[i] + sizes[i], 64);
+  if (block) {
+    block->query_operand = base + offsets[0];
+    block->grad_out_operand = base + offsets[1];
+    block->query_rows = base + offsets[2];
+    block->grad_out_rows = base + offsets[3];
+    block->lse = reinterpret_cast<float*>(base + offsets[4]);
+    block->delta = reinterpret_cast<float*>(base + offsets[5]);
+    block->grad_query = reinterpret_cast<float*>(base + offsets[6]);
+  }
+  return offsets[7];
+}
+
+template <class Engine>
+static int64_t query_block_bytes(const Problem& p) {
+  return query_block_layout<Engine>(p, nullptr, nullptr);
+}
+
+template <class T>
+static float row_dot(const T* a, const T* b, int64_t count) {
+  Vec sum = vzero();
+  for (int64_t i = 0; i < count; i += kLanes)
+    sum = vfma(load_some(a + i, count - i), load_some(b + i, count - i), sum);
+  float lanes[kLanes], total = 0.0f;
+  vstore(lanes, sum);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+template <class Engine>
+static void pack_queries(const QueryPack& t) {
+  using T = typename Engine::Element;
+  const Problem& p = t.problem;
+  QueryBlock block;
+  query_block_layout<Engine>(p, static_cast<char*>(t.packed), &block);
+  const int64_t lanes = round_up(t.queries, Engine::kLaneMultiple);
+  Engine::pack_query_operand(t.q, t.queries, p.head_dim, lanes, p.scale < 0, block.query_operand);
+  Engine::pack_query_operand(t.grad_out, t.queries, p.value_dim, lanes, false, block.grad_out_operand);
+  Engine::pack_query_rows(t.q, t.queries, p.head_dim, block.query_rows);
+  Engine::pack_query_rows(t.grad_out, t.queries, p.value_dim, block.grad_out_rows);
+  const T* grad_out = static_cast<const T*>(t.grad_out.data);
+  const T* out = static_cast<const T*>(t.out.data);
+  for (int64_t row = 0; row < lanes; ++row) {
+    const bool seen = row < t.queries && t.lse[row] != -INFINITY;
+    block.lse[row] = seen ? t.lse[row] * kLog2e : INFINITY;
+    block.delta[row] = !seen ? 0.0f
+                             : row_dot(grad_out + row * t.grad_out.stride, out + row * t.out.stride, p.value_dim) -
+                                   (t.grad_lse ? t.grad_lse[row] : 0.0f);
+  }
+}
+
+// P^T = 2^(factor S^T - lse) and dS^T = P^T (dP^T - delta), for `padded` keys of which `count` are real.
+template <class Engine>
+static void probabilities_and_gradient(const float* s, const float* grad_p, int64_t padded, int64_t lanes,
+                                       float factor, const QueryBlock& block,
+                                       const typename Engine::Gradients& gradients) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    const Vec lse = vload(block.lse + lane), delta = vload(block.delta + lane);
+    const Vec offset = vsub(vzero(), lse);
+    for (int64_t key = 0; key < padded; key += 2) {
+      const int64_t at = key * lanes + lane;
+      const Vec even = vexp2(vfma(vload(s + at), vset(factor), offset));
+      const Vec odd = vexp2(vfma(vload(s + at + lanes), vset(factor), offset));
+      const Vec grad_even = vmul(even, vsub(vload(grad_p + at), delta));
+      const Vec grad_odd = vmul(odd, vsub(vload(grad_p + at + lanes), delta));
+      Engine::store_gradient_pair(gradients, lanes, key, lane, even, odd, grad_even, grad_odd);
+    }
+  }
+}
+
+// Spins until `*counter` has reached `target`. The tile it waits for is already running on another thread.
+static inline void wait_until(const int* counter, int target) {
+  for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != target; ++spins) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins > 2000) sched_yield();  // more threads than cores
+  }
+}
+
+struct BackwardScratch {
+  float *scores, *grad_scores, *grad_k, *grad_v;
+  void* gradients;
+};
+
+template <class Engine>
+static int64_t backward_layout(const Problem& p, char* base, BackwardScratch* scratch) {
+  const int64_t lanes = Engine::kBackwardQueryTile, keys = Engine::kBackwardKeyTile;
+  const int64_t sizes[5] = {(keys + Engine::kKeyMultiple) * lanes * 4, (keys + Engine::kKeyMultiple) * lanes * 4,
+                            keys * Engine::padded_dim(p.head_dim) * 4, keys * Engine::padded_dim(p.value_dim) * 4,
+                            Engine::gradient_bytes(keys, lanes)};
+  int64_t offsets[6] = {0};
+  for (int i = 0; i < 5; ++i) offsets[i + 1] = round_up(offsets[i] + sizes[i], 64);
+  if (scratch) {
+    base = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(base), 64));
+    scratch->scores = reinterpret_cast<float*>(base + offsets[0]);
+    scratch->grad_scores = reinterpret_cast<float*>(base + offsets[1]);
+    scratch->grad_k = reinterpret_cast<float*>(base + offsets[2]);
+    scratch->grad_v = reinterpret_cast<float*>(base + offsets[3]);
+    scratch->gradients = base + offsets[4];
+  }
+  return offsets[5] + 64;
+}
+
+template <class Engine>
+static int64_t backward_scratch_bytes(const Problem& p) {
+  return backward_layout<Engine>(p, nullptr, nullptr);
+}
+
+template <class T>
+static void store_rows(const float* source, int64_t source_stride, float scale, int64_t rows, int64_t columns,
+                       T* target) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < columns; d += kLanes)
+      store_some(target + row * columns + d, vmul(vset(scale), vload(source + row * source_stride + d)), columns - d);
+}
+
+template <class Engine>
+static void backward_tile(const BackwardTile& t) {
+  using T = typename Engine::Element;
+  typename Engine::Session session;
+  (void)session;
+  const Problem& p = t.problem;
+  BackwardScratch scratch;
+  backward_layout<Engine>(p, static_cast<char*>(t.scratch), &scratch);
+  const float factor = exponent_factor(p.scale);
+  const typename Engine::BackwardKeys keys(p, t.k, t.v, t.packed_keys, t.window.keys, t.key_begin, t.keys);
+  const int64_t padded = round_up(t.keys, Engine::kKeyMultiple);
+  const int64_t k_columns = Engine::padded_dim(p.head_dim), v_columns = Engine::padded_dim(p.value_dim);
+  const int64_t block_bytes = query_block_bytes<Engine>(p);
+  memset(scratch.grad_k, 0, t.keys * k_columns * sizeof(float));
+  memset(scratch.grad_v, 0, t.keys * v_columns * sizeof(float));
+
+  for (int64_t head = 0; head < t.group; ++head) {
+    for (int64_t i = 0; i < t.visit_count; ++i) {
+      const QueryVisit& visit = t.visits[i];
+      const int64_t first_query = visit.query_tile * Engine::kBackwardQueryTile;
+      const int64_t queries = min64(Engine::kBackwardQueryTile, t.queries - first_query);
+      const int64_t lanes = round_up(queries, Engine::kLaneMultiple);
+      const int64_t block_index = head * t.query_tiles + visit.query_tile;
+      QueryBlock block;
+      query_block_layout<Engine>(p, t.packed_queries + block_index * block_bytes, &block);
+
+      keys.scores(block.query_operand, lanes, scratch.scores);
+      keys.grad_probabilities(block.grad_out_operand, lanes, scratch.grad_scores);
+      if (visit.partial) mask_scores(scratch.scores, lanes, t.window, first_query, t.key_begin, t.keys);
+      fill_rows(scratch.scores, lanes, t.keys, padded, -INFINITY);
+      fill_rows(scratch.grad_scores, lanes, t.keys, padded, 0.0f);
+      const typename Engine::Gradients gradients(scratch.scores, scratch.grad_scores, scratch.gradients, lanes);
+      probabilities_and_gradient<Engine>(scratch.scores, scratch.grad_scores, padded, lanes, factor, block, gradients);
+
+      gradients.add_to_values(block.grad_out_rows, t.keys, queries, lanes, v_columns, scratch.grad_v);
+      gradients.add_to_keys(block.query_rows, t.keys, queries, lanes, k_columns, scratch.grad_k);
+      wait_until(t.progress + block_index, visit.rank);
+      if (visit.rank == 0)
+        keys.template add_to_queries<false>(gradients, lanes, block.grad_query);
+      else
+        keys.template add_to_queries<true>(gradients, lanes, block.grad_query);
+      __atomic_store_n(t.progress + block_index, visit.rank + 1, __ATOMIC_RELEASE);
+
+      const int64_t* list = t.tiles_of_query + visit.query_tile;
+      if (visit.rank + 1 == list[1] - list[0]) {
+        T* grad_q = static_cast<T*>(t.grad_q) + head * t.grad_q_head_stride + first_query * p.head_dim;
+        unpack_transposed(block.grad_query, lanes, static_cast<const float*>(nullptr), Engine::grad_q_scale(p),
+                          queries, p.head_dim, grad_q, p.head_dim);
+      }
+    }
+  }
+  store_rows(scratch.grad_k, k_columns, p.scale, t.keys, p.head_dim, static_cast<T*>(t.grad_k));
+  store_rows(scratch.grad_v, v_columns, 1.0f, t.keys, p.value_dim, static_cast<T*>(t.grad_v));
+}
+
+}  // namespace EFFKERN_UNIT
+}  // namespace effkern

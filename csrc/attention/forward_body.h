@@ -1,0 +1,184 @@
+// Attention forward for one query tile: online softmax over its list of key tiles. One body for every ISA unit; the
+// engine supplies the products and the layouts.
+#pragma once
+
+#include "attention/kernel.h"
+#include "core/cpu/pack.h"
+#include "core/cpu/simd.h"
+
+namespace effkern {
+namespace EFFKERN_UNIT {
+
+using attention::ForwardTile;
+using attention::KeyTile;
+using attention::Problem;
+using attention::Rows;
+using attention::Window;
+
+constexpr int64_t kMaxQueryTile = 128;
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// Scores are |scale| log2(e) S, on a query tile whose sign carries that of the scale: then larger S means larger
+// weight, and the maximum can be taken before scaling. A zero scale keeps a factor whose product with any score
+// vanishes but whose product with minus infinity does not become NaN.
+EFFKERN_INLINE float exponent_factor(float scale) {
+  const float magnitude = fabsf(scale) * kLog2e;
+  return magnitude > 1e-37f ? magnitude : 1e-37f;
+}
+
+// Past-the-end key of every lane, relative to the tile's first key, as fp32 (exact: tiles are short).
+EFFKERN_INLINE Vec visible_ends(const Window& window, int64_t first_query, int64_t lane, int64_t key_begin,
+                                int64_t count) {
+  float ends[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t end = window.causal ? first_query + lane + i + window.shift + 1 : window.keys;
+    ends[i] = static_cast<float>(max64(0, min64(end - key_begin, count)));
+  }
+  return vload(ends);
+}
+
+// Minus infinity where the window hides the key.
+static void mask_scores(float* s, int64_t lanes, const Window& window, int64_t first_query, int64_t key_begin,
+                        int64_t count) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    const Vec ends = visible_ends(window, first_query, lane, key_begin, count);
+    for (int64_t key = 0; key < count; ++key) {
+      float* p = s + key * lanes + lane;
+      vstore(p, keep_inside(vload(p), vzero(), ends, vset(static_cast<float>(key))));
+    }
+  }
+}
+
+EFFKERN_INLINE void fill_rows(float* s, int64_t lanes, int64_t begin, int64_t end, float value) {
+  for (int64_t i = begin * lanes; i < end * lanes; i += kLanes) vstore(s + i, vset(value));
+}
+
+// Running state of the online softmax, in units of log2: the reference point, and the sum of 2^(score - reference).
+// The reference trails the true maximum by up to kSlack, so that most tiles need no rescaling of the output; sums
+// grow by at most 2^kSlack, far from the end of the fp32 range.
+struct SoftmaxState {
+  float reference[kMaxQueryTile];
+  float sum[kMaxQueryTile];
+};
+constexpr float kSlack = 8.0f;
+
+template <class Engine>
+static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64_t count, int64_t padded, int64_t lanes, float factor,
+                         bool first, int64_t value_dim, float* o, SoftmaxState* state) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    Vec top0 = vset(-INFINITY), top1 = top0;
+    int64_t key = 0;
+    for (; key + 1 < count; key += 2) {
+      top0 = vmax(vload(s + key * lanes + lane), top0);
+      top1 = vmax(vload(s + (key + 1) * lanes + lane), top1);
+    }
+    if (key < count) top0 = vmax(vload(s + key * lanes + lane), top0);
+    const Vec top = vmul(vmax(top0, top1), vset(factor));
+
+    Vec reference = vload(state->reference + lane), sum = vload(state->sum + lane);
+    if (any_greater(top, vadd(reference, vset(kSlack)))) {
+      const Vec raised = vmax(top, reference);
+      const Vec keep = vexp2(vsub(reference, replace_minus_infinity(raised, vzero())));
+      reference = raised;
+      sum = vmul(sum, keep);
+      vstore(state->reference + lane, reference);
+      if (!first)
+        for (int64_t d = 0; d < value_dim; ++d) vstore(o + d * lanes + lane, vmul(vload(o + d * lanes + lane), keep));
+    }
+    const Vec offset = vsub(vzero(), replace_minus_infinity(reference, vzero()));
+    Vec sum1 = vzero();
+    for (key = 0; key < padded; key += 2) {
+      const Vec even = vexp2(vfma(vload(s + key * lanes + lane), vset(factor), offset));
+      const Vec odd = vexp2(vfma(vload(s + (key + 1) * lanes + lane), vset(factor), offset));
+      sum = vadd(sum, even);
+      sum1 = vadd(sum1, odd);
+      Engine::store_pair(probabilities, lanes, key, lane, even, odd);
+    }
+    vstore(state->sum + lane, vadd(sum, sum1));
+  }
+}
+
+struct ForwardScratch {
+  float *scores, *output;
+  void *query, *probabilities;
+};
+
+template <class Engine>
+static int64_t forward_layout(const Problem& p, char* base, ForwardScratch* scratch) {
+  constexpr int64_t kAlign = 64;
+  const int64_t lanes = Engine::kQueryTile;
+  const int64_t sizes[4] = {(Engine::kKeyTile + Engine::kKeyMultiple) * lanes * 4,
+                            Engine::padded_dim(p.value_dim) * lanes * 4,
+                            Engine::query_operand_bytes(p.head_dim, lanes),
+                            Engine::probability_bytes(Engine::kKeyTile, lanes)};
+  int64_t offsets[5] = {0};
+  for (int i = 0; i < 4; ++i) offsets[i + 1] = round_up(offsets[i] + sizes[i], kAlign);
+  if (scratch) {
+    base = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(base), kAlign));
+    scratch->scores = reinterpret_cast<float*>(base + offsets[0]);
+    scratch->output = reinterpret_cast<float*>(base + offsets[1]);
+    scratch->query = base + offsets[2];
+    scratch->probabilities = base + offsets[3];
+  }
+  return offsets[4] + kAlign;
+}
+
+template <class Engine>
+static int64_t forward_scratch_bytes(const Problem& p) {
+  return forward_layout<Engine>(p, nullptr, nullptr);
+}
+
+// Divides by the sums, writes the rows of the tile and their log-sum-exp. A row without keys gets 0 and -inf.
+template <class Engine>
+static void finish_forward(const ForwardTile& t, int64_t lanes, const float* o, const SoftmaxState& state) {
+  float inverse[kMaxQueryTile];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const bool empty = state.sum[lane] == 0.0f;
+    inverse[lane] = empty ? 0.0f : 1.0f / state.sum[lane];
+    if (lane < t.queries) {
+      const float reference = state.reference[lane] == -INFINITY ? 0.0f : state.reference[lane];
+      t.lse[lane] = empty ? -INFINITY : reference * kLn2 + logf(state.sum[lane]);
+    }
+  }
+  unpack_transposed(o, lanes, inverse, 1.0f, t.queries, t.problem.value_dim,
+                    static_cast<typename Engine::Element*>(t.out), t.problem.value_dim);
+}
+
+template <class Engine>
+static void forward_tile(const ForwardTile& t) {
+  typename Engine::Session session;
+  (void)session;
+  const Problem& p = t.problem;
+  ForwardScratch scratch;
+  forward_layout<Engine>(p, static_cast<char*>(t.scratch), &scratch);
+  const int64_t lanes = round_up(t.queries, Engine::kLaneMultiple);
+  const float factor = exponent_factor(p.scale);
+  const typename Engine::Keys keys(p, t.k, t.v, t.packed_keys, t.window.keys);
+  Engine::pack_query_operand(t.q, t.queries, p.head_dim, lanes, p.scale < 0, scratch.query);
+
+  SoftmaxState state;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    state.reference[lane] = -INFINITY;
+    state.sum[lane] = 0.0f;
+  }
+  if (t.tile_count == 0) fill_rows(scratch.output, lanes, 0, Engine::padded_dim(p.value_dim), 0.0f);
+
+  typename Engine::Packed* probabilities = Engine::probabilities(scratch.scores, scratch.probabilities);
+  for (int64_t i = 0; i < t.tile_count; ++i) {
+    const KeyTile& tile = t.tiles[i];
+    const int64_t padded = round_up(tile.count, Engine::kKeyMultiple);
+    Engine::scores(p, keys, tile.begin, tile.count, scratch.query, lanes, scratch.scores);
+    if (tile.partial) mask_scores(scratch.scores, lanes, t.window, t.first_query, tile.begin, tile.count);
+    fill_rows(scratch.scores, lanes, tile.count, padded, -INFINITY);
+    softmax_tile<Engine>(scratch.scores, probabilities, tile.count, padded, lanes, factor, i == 0, p.value_dim,
+                         scratch.output, &state);
+    if (i == 0)
+      Engine::template add_values<false>(p, keys, tile.begin, tile.count, probabilities, lanes, scratch.output);
+    else
+      Engine::template add_values<true>(p, keys, tile.begin, tile.count, probabilities, lanes, scratch.output);
+  }
+  finish_forward<Engine>(t, lanes, scratch.output, state);
+}
+
+}  // namespace EFFKERN_UNIT
+}  // namespace effkern

@@ -1,0 +1,123 @@
+// What passes between the attention op (torch side) and the ISA units (raw pointers only).
+#pragma once
+
+#include <stdint.h>
+
+namespace effkern {
+namespace attention {
+
+enum class Dtype : int { fp32, bf16, fp16 };
+
+struct Problem {
+  int64_t head_dim, value_dim;
+  float scale;
+};
+
+// A matrix with unit stride along its columns. The stride counts elements.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// Which keys query i sees: [0, keys), and with `causal` no further than key i + shift.
+struct Window {
+  int64_t keys, shift;
+  bool causal;
+};
+
+// One stretch of keys for a query tile: keys [begin, begin + count).
+struct KeyTile {
+  int64_t begin;
+  int32_t count;
+  int32_t partial;  // 1: some (query, key) pair inside is masked
+};
+
+// One visit of a key tile: the query tile, and how many key tiles that query tile has visited before. The rank fixes
+// the order in which key tiles add to a query gradient, whatever the number of threads.
+struct QueryVisit {
+  int32_t query_tile;
+  int32_t rank;
+  int32_t partial;
+};
+
+// Convert the keys [begin, end) of one (sequence, kv head) into the unit's own layout. `begin` is a multiple of the
+// key tile. Units that read the caller's tensors directly need no packing and say so by key_bytes() == 0.
+struct KeyPack {
+  Problem problem;
+  Rows k, v;
+  int64_t keys, begin, end;
+  bool backward;
+  void* packed;
+};
+
+struct ForwardTile {
+  Problem problem;
+  Rows q;               // first row of the tile
+  int64_t queries;      // rows in the tile
+  int64_t first_query;  // its index within the sequence
+  Window window;
+  Rows k, v;  // the whole sequence
+  const void* packed_keys;
+  const KeyTile* tiles;
+  int64_t tile_count;
+  void* out;  // row stride value_dim
+  float* lse;
+  void* scratch;
+};
+
+// The query side of one tile of the backward pass, packed once and read by every key tile that visits it.
+struct QueryPack {
+  Problem problem;
+  Rows q, grad_out, out;
+  const float* lse;
+  const float* grad_lse;  // may be null
+  int64_t queries;
+  void* packed;
+};
+
+// One key tile of the backward pass: accumulates grad_k and grad_v over the heads of the group, and adds its share
+// of grad_q to the packed query tiles in list order.
+struct BackwardTile {
+  Problem problem;
+  Rows k, v;
+  const void* packed_keys;
+  int64_t key_begin, keys;  // keys in this tile
+  Window window;
+  const QueryVisit* visits;
+  int64_t visit_count;
+  const int64_t* tiles_of_query;  // list starts of the key tiles, to know the last visit of a query tile
+  int64_t group, queries, query_tiles;
+  char* packed_queries;  // (group, query_tiles) blocks of query_bytes
+  int* progress;         // (group, query_tiles) key tiles that have added to the query tile
+  void* grad_q;          // first head of the group, row stride head_dim
+  int64_t grad_q_head_stride;
+  void* grad_k;  // row stride head_dim
+  void* grad_v;  // row stride value_dim
+  void* scratch;
+};
+
+// Everything one ISA unit offers for one dtype.
+struct Kernels {
+  const char* forward_path;
+  const char* backward_path;
+  int64_t query_tile, key_tile;
+  int64_t backward_query_tile, backward_key_tile;
+  int64_t (*key_bytes)(const Problem&, int64_t keys, bool backward);
+  int64_t (*query_bytes)(const Problem&);
+  int64_t (*forward_scratch_bytes)(const Problem&);
+  int64_t (*backward_scratch_bytes)(const Problem&);
+  void (*pack_keys)(const KeyPack&);
+  void (*forward)(const ForwardTile&);
+  void (*pack_queries)(const QueryPack&);
+  void (*backward)(const BackwardTile&);
+};
+
+// One function a unit; the AVX-512 BF16 and AMX units know bf16 only.
+const Kernels& kernels_scalar(Dtype dtype);
+const Kernels& kernels_avx2(Dtype dtype);
+const Kernels& kernels_avx512(Dtype dtype);
+const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_amx();
+
+}  // namespace attention
+}  // namespace effkern

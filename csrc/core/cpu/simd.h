@@ -1,0 +1,82 @@
+// The SIMD vocabulary of an ISA unit. A unit (<family>/<isa>.cpp) defines EFFKERN_UNIT as its namespace and one of
+// EFFKERN_UNIT_AVX2, EFFKERN_UNIT_AVX512 (or neither: portable), then includes this header and its kernel body.
+//
+// Everything lands in effkern::EFFKERN_UNIT, and no std template is instantiated here: an inline function compiled
+// with AVX-512 and merged by the linker into code for every CPU would crash the CPUs that lack it.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(EFFKERN_EMULATE) && defined(EFFKERN_UNIT_AVX512)
+#include "core/cpu/emulate.h"
+#elif defined(EFFKERN_UNIT_AVX2) || defined(EFFKERN_UNIT_AVX512)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 headers start from a deliberately undefined register (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define EFFKERN_INLINE static inline __attribute__((always_inline))
+
+namespace effkern {
+namespace EFFKERN_UNIT {
+
+struct Bf16 {
+  unsigned short bits;
+};
+struct Fp16 {
+  unsigned short bits;
+};
+
+// 2^f on [-1/2, 1/2], highest power first. Relative error 7.5e-8; the bf16 units, which round the result to
+// eight bits anyway, take one term less (2.6e-6).
+#if defined(EFFKERN_UNIT_BF16)
+constexpr int kExp2Terms = 5;
+constexpr float kExp2Coefficients[kExp2Terms] = {0.00957010127f, 0.0559178628f, 0.240247443f, 0.693121791f,
+                                                 0.999999285f};
+#else
+constexpr int kExp2Terms = 6;
+constexpr float kExp2Coefficients[kExp2Terms] = {0.00132764713f, 0.00967554189f, 0.0555071309f,
+                                                 0.240221202f,   0.693146944f,   1.00000012f};
+#endif
+
+#if defined(EFFKERN_UNIT_AVX512)
+#if defined(EFFKERN_UNIT_BF16)
+EFFKERN_INLINE __m256i native_to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#endif
+#include "core/cpu/simd_avx512.h"
+#elif defined(EFFKERN_UNIT_AVX2)
+#include "core/cpu/simd_avx2.h"
+#else
+#include "core/cpu/simd_generic.h"
+#endif
+
+EFFKERN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+EFFKERN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+EFFKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The first `count` elements, zeros behind them.
+template <class T>
+EFFKERN_INLINE Vec load_some(const T* p, int64_t count) {
+  if (count >= kLanes) return load_full(p);
+  T buffer[kLanes];
+  memset(buffer, 0, sizeof buffer);
+  if (count > 0) memcpy(buffer, p, count * sizeof(T));
+  return load_full(buffer);
+}
+
+template <class T>
+EFFKERN_INLINE void store_some(T* p, Vec x, int64_t count) {
+  if (count >= kLanes) return store_full(p, x);
+  T buffer[kLanes];
+  store_full(buffer, x);
+  if (count > 0) memcpy(p, buffer, count * sizeof(T));
+}
+
+}  // namespace EFFKERN_UNIT
+}  // namespace effkern

@@ -1,0 +1,86 @@
+// The vector vocabulary on AVX2 + FMA + F16C: eight fp32 lanes. Included inside an ISA unit's namespace.
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+EFFKERN_INLINE Vec vzero() { return _mm256_setzero_ps(); }
+EFFKERN_INLINE Vec vset(float x) { return _mm256_set1_ps(x); }
+EFFKERN_INLINE Vec vload(const float* p) { return _mm256_loadu_ps(p); }
+EFFKERN_INLINE void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+EFFKERN_INLINE Vec vbroadcast(const float* p) { return _mm256_broadcast_ss(p); }
+EFFKERN_INLINE Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// Where either is NaN the second argument is returned: keep a running maximum second.
+EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+
+EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+
+// x in lanes where low <= position < high, else minus infinity.
+EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
+  const Vec inside = _mm256_and_ps(_mm256_cmp_ps(low, position, _CMP_LE_OQ), _mm256_cmp_ps(position, high, _CMP_LT_OQ));
+  return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, inside);
+}
+
+// b where a is minus infinity, else a.
+EFFKERN_INLINE Vec replace_minus_infinity(Vec a, Vec b) {
+  return _mm256_blendv_ps(a, b, _mm256_cmp_ps(a, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ));
+}
+
+// 2^x for x <= 127, relative error below 2e-7; exactly 0 below -126, NaN stays NaN.
+EFFKERN_INLINE Vec vexp2(Vec x) {
+  const Vec shifter = _mm256_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const Vec shifted = _mm256_add_ps(x, shifter);
+  const Vec f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, shifter));
+  Vec p = _mm256_set1_ps(kExp2Coefficients[0]);
+  for (int i = 1; i < kExp2Terms; ++i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Coefficients[i]));
+  const __m256i exponent = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
+                                            _mm256_set1_epi32(0x3f800000));
+  const Vec tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
+}
+
+EFFKERN_INLINE Vec load_full(const float* p) { return _mm256_loadu_ps(p); }
+EFFKERN_INLINE Vec load_full(const Bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+EFFKERN_INLINE Vec load_full(const Fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+EFFKERN_INLINE void store_full(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+EFFKERN_INLINE void store_full(Bf16* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+  const __m256i halves = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+EFFKERN_INLINE void store_full(Fp16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// In place: row r, lane c becomes row c, lane r.
+EFFKERN_INLINE void transpose(Vec r[8]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  Vec u[8];
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}

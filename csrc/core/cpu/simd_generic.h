@@ -1,0 +1,118 @@
+// The vector vocabulary in portable form: four fp32 lanes of the compiler's own vector type, which every 64-bit
+// CPU has (SSE2, NEON). Included inside an ISA unit's namespace.
+
+constexpr int kLanes = 4;
+typedef float Vec __attribute__((vector_size(16)));
+typedef int VecInt __attribute__((vector_size(16)));
+
+EFFKERN_INLINE Vec vzero() { return Vec{0, 0, 0, 0}; }
+EFFKERN_INLINE Vec vset(float x) { return Vec{x, x, x, x}; }
+EFFKERN_INLINE Vec vload(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+EFFKERN_INLINE void vstore(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof x); }
+EFFKERN_INLINE Vec vbroadcast(const float* p) { return vset(*p); }
+EFFKERN_INLINE Vec vadd(Vec a, Vec b) { return a + b; }
+EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
+EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return a * b; }
+EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
+EFFKERN_INLINE Vec vselect(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no)); }
+// Where either is NaN the second argument is returned: keep a running maximum second.
+EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return vselect(a > b, a, b); }
+
+EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
+  const VecInt m = a > b;
+  return (m[0] | m[1] | m[2] | m[3]) != 0;
+}
+
+// x in lanes where low <= position < high, else minus infinity.
+EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
+  return vselect((low <= position) & (position < high), x, vset(-INFINITY));
+}
+
+// b where a is minus infinity, else a.
+EFFKERN_INLINE Vec replace_minus_infinity(Vec a, Vec b) { return vselect(a == vset(-INFINITY), b, a); }
+
+// 2^x for x <= 127, relative error below 2e-7; exactly 0 below -126, NaN stays NaN.
+EFFKERN_INLINE Vec vexp2(Vec x) {
+  const Vec shifter = vset(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const Vec shifted = x + shifter;
+  const Vec f = x - (shifted - shifter);
+  Vec p = vset(kExp2Coefficients[0]);
+  for (int i = 1; i < kExp2Terms; ++i) p = p * f + vset(kExp2Coefficients[i]);
+  typedef unsigned VecUnsigned __attribute__((vector_size(16)));
+  const VecUnsigned exponent = ((VecUnsigned)shifted << 23) + 0x3f800000u;
+  return vselect(x < vset(-126.0f), vzero(), p * (Vec)exponent);
+}
+
+EFFKERN_INLINE float widen(float x) { return x; }
+EFFKERN_INLINE float widen(Bf16 x) {
+  const unsigned bits = static_cast<unsigned>(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
+EFFKERN_INLINE float widen(Fp16 x) {
+  const unsigned sign = (x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 0x3ffu;
+  unsigned bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    __builtin_memcpy(&bits, &magnitude, sizeof bits);
+    bits |= sign;
+  }
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+EFFKERN_INLINE void narrow(float x, float* p) { *p = x; }
+EFFKERN_INLINE void narrow(float x, Bf16* p) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  p->bits = static_cast<unsigned short>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+EFFKERN_INLINE void narrow(float x, Fp16* p) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const unsigned sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  unsigned half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 aligns the mantissa, the FPU rounds
+    float shifted;
+    __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
+    shifted += 0.5f;
+    __builtin_memcpy(&half, &shifted, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  p->bits = static_cast<unsigned short>(sign | half);
+}
+
+template <class T>
+EFFKERN_INLINE Vec load_full(const T* p) {
+  return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+template <class T>
+EFFKERN_INLINE void store_full(T* p, Vec x) {
+  for (int i = 0; i < 4; ++i) narrow(x[i], p + i);
+}
+
+// In place: row r, lane c becomes row c, lane r.
+EFFKERN_INLINE void transpose(Vec r[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = i + 1; j < 4; ++j) {
+      const float t = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = t;
+    }
+}
