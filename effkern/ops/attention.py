@@ -14,7 +14,13 @@ from effkern.ops import registry
 from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, check_arguments, check_offsets, check_tensors
 from effkern.ops._attention_cost import attention_bytes, attention_flops, backward_formula, forward_formula
 from effkern.ops._attention_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import autocast_dtype, register_autocast, register_flops, register_kernel
+from effkern.ops._dispatch import (
+    autocast_dtype,
+    refuse_forward_mode,
+    register_autocast,
+    register_flops,
+    register_kernel,
+)
 from effkern.reference import attention as reference
 
 __all__ = ["attention", "attention_bytes", "attention_flops"]
@@ -137,7 +143,7 @@ def attention(
         RuntimeError: rank, heads, sizes, dtypes or devices do not fit, scale is not finite, or cu_seqlens does not
             rise from 0 to the number of tokens; the message names the argument, what was expected and what came.
         effkern.backends.Unavailable: the backend asked for cannot run; says why and what would work.
-        NotImplementedError: differentiated twice, on any backend but the reference.
+        NotImplementedError: differentiated twice or in forward mode, on any backend but the reference.
 
     Numerics:
         Scores, sums and gradients accumulate in float32. The error stays within twice that of the same computation
@@ -158,6 +164,7 @@ def attention(
         check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     kernel = _kernel_for(q, v, backends.forced() if backend is None else backend)
     if kernel is not None:
+        refuse_forward_mode("attention", q, k, v)
         out, lse = kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, align == "top_left")
     else:
         q, k, v = (tensor.to(autocast_dtype(tensor)) for tensor in (q, k, v))
