@@ -7,16 +7,16 @@ Scores live in base 2: `c` = scale * log2(e), so that P = exp2(c * QK^T - lse2).
 import triton
 import triton.language as tl
 
-from .attention_tiles import key_tiles, load_tile, locate, query_tiles, store_tile, visited
+from .attention_tiles import key_tiles, last_key, load_tile, locate, query_tiles, store_tile, visited
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def attend(acc, top, total, q, rows, k, v, batch, head, first_k, sk, shift, begin, end, c,
+def attend(acc, top, total, q, last, k, v, batch, head, first_k, sk, begin, end, c,
            kb, kh, ks, vb, vh, vs, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-           BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+           BLOCK_N: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
            PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Fold key tiles [begin, end) into the running maximum, sum and output of one query tile."""
     for step in range(begin, end):
@@ -25,10 +25,7 @@ def attend(acc, top, total, q, rows, k, v, batch, head, first_k, sk, shift, begi
         kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED, PACKED)
         s = tl.dot(q, kt.T, input_precision=PRECISION)
         if MASKED:
-            cols = col + tl.arange(0, BLOCK_N)
-            visible = (cols < sk)[None, :]
-            if CAUSAL:
-                visible = visible & (cols[None, :] <= (rows + shift)[:, None])
+            visible = tl.arange(0, BLOCK_N)[None, :] <= (last - col)[:, None]
             s = tl.where(visible, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * c)
         anchor = new_top
@@ -66,13 +63,14 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    last = last_key(rows, seq_k, shift, CAUSAL)
     full, end = key_tiles(row, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
-    acc, top, total = attend(acc, top, total, qt, rows, k, v, batch, kv_head, first_k, seq_k, shift, 0, full, c,
-                             kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, PACKED, TMA,
+    acc, top, total = attend(acc, top, total, qt, last, k, v, batch, kv_head, first_k, seq_k, 0, full, c,
+                             kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PACKED, TMA,
                              PRECISION, False)
     if PARTIAL:
-        acc, top, total = attend(acc, top, total, qt, rows, k, v, batch, kv_head, first_k, seq_k, shift, full, end, c,
-                                 kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, PACKED, TMA,
+        acc, top, total = attend(acc, top, total, qt, last, k, v, batch, kv_head, first_k, seq_k, full, end, c,
+                                 kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PACKED, TMA,
                                  PRECISION, True)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -85,7 +83,7 @@ def attention_forward_kernel(
 @triton.jit(do_not_specialize=["sq", "heads"])
 def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, oh, os, sq, heads, total_rows,
                            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr):
-    """stats[0] = lse in base 2, +inf where no key was visible (so that P is 0 there); stats[1] = delta."""
+    """stats[0] = lse in base 2, stats[1] = delta; +inf and 0 where no key was visible, so that P and dS are 0 there."""
     row = tl.program_id(0) * BLOCK_M
     line = tl.program_id(1)
     batch = line // heads
@@ -99,42 +97,42 @@ def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, 
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse + at, mask=keep, other=0.0).to(tl.float32)
     value = tl.load(lse + at, mask=keep, other=0.0)
-    tl.store(stats + at, tl.where(value == float("-inf"), float("inf"), value * LOG2E), mask=keep)
-    tl.store(stats + total_rows + at, delta, mask=keep)
+    empty = value == float("-inf")
+    tl.store(stats + at, tl.where(empty, float("inf"), value * LOG2E), mask=keep)
+    tl.store(stats + total_rows + at, tl.where(empty, 0.0, delta), mask=keep)
 
 
 @triton.jit
-def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, head, first_q, sq, shift, line,
-                       begin, end, head_count, skip, c, qb, qh, qs, gb, gh, gs,
+def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, sq, shift, first_line, line_stride,
+                       begin, count, head_count, skip, c, qb, qh, qs, gb, gh, gs,
                        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
                        PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Add what a list of query tiles gives to dK and dV of one key tile. S and dP are kept transposed (keys, queries):
     P^T and dS^T then feed the next product from registers."""
-    for step in range(begin, end):
-        row = visited(step, head_count, skip) * BLOCK_M
+    for step in range(0, group * count):
+        head = kv_head * group + step // count
+        line = first_line + (step // count).to(tl.int64) * line_stride
+        row = visited(begin + step % count, head_count, skip) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         qt = load_tile(q, batch, head, first_q + row, first_q + sq, qb, qh, qs, BLOCK_M, D, BLOCK_D, TMA, MASKED, PACKED)
         gt = load_tile(grad_out, batch, head, first_q + row, first_q + sq, gb, gh, gs, BLOCK_M, DV, BLOCK_DV, TMA,
                        MASKED, PACKED)
         if MASKED:
             lse2 = tl.load(stats + line + rows, mask=rows < sq, other=float("inf"))
-            delta = tl.load(stats + total_rows + line + rows, mask=rows < sq, other=0.0)
         else:
             lse2 = tl.load(stats + line + rows)
-            delta = tl.load(stats + total_rows + line + rows)
         st = tl.dot(kt, qt.T, input_precision=PRECISION)
         pt = tl.exp2(st * c - lse2[None, :])
-        if MASKED:
-            visible = (rows < sq)[None, :]
-            if CAUSAL:
-                visible = visible & (cols[:, None] <= (rows + shift)[None, :])
-            pt = tl.where(visible, pt, 0.0)
+        if MASKED and CAUSAL:
+            pt = tl.where((cols - shift - row)[:, None] <= tl.arange(0, BLOCK_M)[None, :], pt, 0.0)
         dv = tl.dot(pt.to(gt.dtype), gt, dv, input_precision=PRECISION)
         dpt = tl.dot(vt, gt.T, input_precision=PRECISION)
-        dst = pt * (dpt - delta[None, :])
         if MASKED:
-            dst = tl.where(visible, dst, 0.0)
+            delta = tl.load(stats + total_rows + line + rows, mask=rows < sq, other=0.0)
+        else:
+            delta = tl.load(stats + total_rows + line + rows)
+        dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(qt.dtype), qt, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -160,27 +158,25 @@ def attention_backward_kv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     begin, full, full_end, end = query_tiles(col, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
-    for member in range(0, group):
-        head = kv_head * group + member
-        line = (batch * kv_heads * group + head).to(tl.int64) * sq + first_q
-        if PARTIAL:
-            # Tiles on the diagonal, then the ragged last one.
-            dk, dv = gather_query_tiles(
-                dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, head, first_q, seq_q, shift, line,
-                begin, end - (full_end - full), full, full_end - full, c, qb, qh, qs, gb, gh, gs,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, True)
+    line = (batch * kv_heads * group + kv_head * group).to(tl.int64) * sq + first_q
+    if PARTIAL:
+        # Tiles on the diagonal, then the ragged last one.
         dk, dv = gather_query_tiles(
-            dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, head, first_q, seq_q, shift, line,
-            full, full_end, full_end, 0, c, qb, qh, qs, gb, gh, gs,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, False)
+            dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, seq_q, shift, line, sq,
+            begin, full - begin + end - full_end, full, full_end - full, c, qb, qh, qs, gb, gh, gs,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, True)
+    dk, dv = gather_query_tiles(
+        dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, seq_q, shift, line, sq,
+        full, full_end - full, full_end, 0, c, qb, qh, qs, gb, gh, gs,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, False)
     store_tile(grad_k, dk * scale, batch, kv_heads, kv_head, sk, first_k + col, first_k + seq_k, BLOCK_N, D, BLOCK_D)
     store_tile(grad_v, dv, batch, kv_heads, kv_head, sk, first_k + col, first_k + seq_k, BLOCK_N, DV, BLOCK_DV)
 
 
 @triton.jit
-def gather_key_tiles(dq, qt, gt, lse2, delta, rows, k, v, batch, head, first_k, sk, shift, begin, end, c,
+def gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, head, first_k, sk, begin, end, c,
                      kb, kh, ks, vb, vh, vs, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-                     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+                     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr,
                      TMA: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Add what key tiles [begin, end) give to dQ of one query tile."""
     for step in range(begin, end):
@@ -193,10 +189,7 @@ def gather_key_tiles(dq, qt, gt, lse2, delta, rows, k, v, batch, head, first_k, 
         dp = tl.dot(gt, vt.T, input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if MASKED:
-            cols = col + tl.arange(0, BLOCK_N)
-            visible = (cols < sk)[None, :]
-            if CAUSAL:
-                visible = visible & (cols[None, :] <= (rows + shift)[:, None])
+            visible = tl.arange(0, BLOCK_N)[None, :] <= (last - col)[:, None]
             ds = tl.where(visible, ds, 0.0)
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     return dq
@@ -227,12 +220,13 @@ def attention_backward_q_kernel(
     lse2 = tl.load(line + rows, mask=rows < seq_q, other=float("inf"))
     delta = tl.load(line + total_rows + rows, mask=rows < seq_q, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    last = last_key(rows, seq_k, shift, CAUSAL)
     full, end = key_tiles(row, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
-    dq = gather_key_tiles(dq, qt, gt, lse2, delta, rows, k, v, batch, kv_head, first_k, seq_k, shift, 0, full, c,
-                          kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, PACKED, TMA, PRECISION,
+    dq = gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, kv_head, first_k, seq_k, 0, full, c,
+                          kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PACKED, TMA, PRECISION,
                           False)
     if PARTIAL:
-        dq = gather_key_tiles(dq, qt, gt, lse2, delta, rows, k, v, batch, kv_head, first_k, seq_k, shift, full, end, c,
-                              kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, PACKED, TMA,
+        dq = gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, kv_head, first_k, seq_k, full, end, c,
+                              kb, kh, ks, vb, vh, vs, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PACKED, TMA,
                               PRECISION, True)
     store_tile(grad_q, dq * scale, batch, heads, head, sq, first_q + row, first_q + seq_q, BLOCK_M, D, BLOCK_D)

@@ -60,6 +60,15 @@ def key_tiles(row, sq, sk, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
+def last_key(rows, sk, shift, CAUSAL: tl.constexpr):
+    """Last visible key of each query row: the one scalar per row that a partial tile of a causal or ragged input needs."""
+    last = tl.zeros_like(rows) + (sk - 1)
+    if CAUSAL:
+        last = tl.minimum(rows + shift, last)
+    return last
+
+
+@triton.jit
 def query_tiles(col, sq, sk, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Query tiles a key tile visits: full ones are [full, full_end), partial ones [begin, full) and [full_end, end).
 
@@ -99,18 +108,21 @@ def load_tile(source, batch, head, row, row_end, batch_stride, head_stride, row_
         if CHECK and PACKED:
             # Inside a packed tensor the next sequence follows: its values, NaN included, must not leak.
             tile = tl.where((rows < row_end)[:, None], tile, 0.0)
-        return tile
-    # 64-bit up to the tile's corner, 32-bit inside it (the launcher bounds the row stride).
-    corner = source + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride + row.to(tl.int64) * row_stride
-    cols = tl.arange(0, BLOCK_D)
-    pointers = corner + tl.arange(0, ROWS)[:, None] * row_stride + cols[None, :]
-    if CHECK and D != BLOCK_D:
-        return tl.load(pointers, mask=(rows < row_end)[:, None] & (cols < D)[None, :], other=0.0)
-    if CHECK:
-        return tl.load(pointers, mask=(rows < row_end)[:, None], other=0.0)
-    if D != BLOCK_D:
-        return tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
-    return tl.load(pointers)
+    else:
+        # 64-bit up to the tile's corner, 32-bit inside it (the launcher bounds the row stride).
+        corner = source + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+        corner += row.to(tl.int64) * row_stride
+        cols = tl.arange(0, BLOCK_D)
+        pointers = corner + tl.arange(0, ROWS)[:, None] * row_stride + cols[None, :]
+        if CHECK and D != BLOCK_D:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None] & (cols < D)[None, :], other=0.0)
+        elif CHECK:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None], other=0.0)
+        elif D != BLOCK_D:
+            tile = tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
