@@ -1,0 +1,112 @@
+"""The cases, one module a family: a module here with `cases() -> list[Case]` is found by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..timing import Context
+
+Call = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a user would pick instead. `context` is entered around a call, outside the timed interval."""
+
+    call: Call
+    context: Context = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Exact results for the part of the outputs that `select` picks, and the errors they allow.
+
+    `exact` is computed in float64. `composition` is the same computation in the case's dtype by plain PyTorch
+    operations, every intermediate rounded: ours may be at most twice as far off, plus a floor.
+    """
+
+    select: Callable[[Sequence[Tensor]], list[Tensor]]
+    exact: list[Tensor]
+    composition: list[Tensor]
+    note: str
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """One shape and dtype of one op. `--quick` times the passes in `quick`, `--full` those in `passes`."""
+
+    name: str
+    dtype: torch.dtype
+    passes: tuple[str, ...]
+    quick: tuple[str, ...]
+
+    family = ""
+    op = ""
+
+    @property
+    @abstractmethod
+    def shape(self) -> str:
+        """The shape in words, as the results show it."""
+
+    @abstractmethod
+    def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        """Leaf tensors; those of the backward pass require gradients."""
+
+    @abstractmethod
+    def ours(self, backend: str | None) -> Call: ...
+
+    @abstractmethod
+    def baselines(self, device: torch.device, pass_: str, full: bool) -> dict[str, Baseline]: ...
+
+    @abstractmethod
+    def oracle(self, inputs: Sequence[Tensor], grad_out: Tensor | None) -> Oracle:
+        """Exact output, or with `grad_out` the exact gradients of all inputs."""
+
+    @abstractmethod
+    def flops(self, pass_: str) -> float: ...
+
+    @abstractmethod
+    def bytes(self, pass_: str) -> float: ...
+
+    @abstractmethod
+    def tiny(self) -> Case:
+        """The same op on so small a shape that a call is host overhead and little else."""
+
+
+def discover() -> list[Case]:
+    found: list[Case] = []
+    for module in pkgutil.iter_modules(__path__):
+        found += importlib.import_module(f"{__name__}.{module.name}").cases()
+    return found
+
+
+def choose(
+    cases: Sequence[Case], *, full: bool, families: Sequence[str] = (), pattern: str | None = None
+) -> list[tuple[Case, str]]:
+    """The (case, pass) pairs of a run. A pattern looks through all cases, quick or not."""
+    known = {case.family for case in cases}
+    for family in families:
+        if family not in known:
+            raise ValueError(f"bench: no family {family!r}; there are {', '.join(sorted(known))}")
+    pairs = []
+    for case in cases:
+        if families and case.family not in families:
+            continue
+        if pattern is not None and not fnmatchcase(case.name, pattern):
+            continue
+        wanted = case.passes if full or pattern is not None else case.quick
+        pairs += [(case, pass_) for pass_ in wanted]
+    if not pairs:
+        raise ValueError(
+            f"bench: no case matches {pattern!r}" if pattern else "bench: no case is left to run"
+        )
+    return pairs

@@ -1,0 +1,81 @@
+"""Verification of one (case, pass): every candidate's error against the float64 oracle, before any timing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effkern import testing
+
+from .cases import Baseline, Call, Case, Oracle
+from .timing import timed_ms
+
+
+@dataclass(frozen=True)
+class Verified:
+    verdict: str  # pass | fail
+    error: float | None  # None: it raised
+    first_call_ms: float | None
+    reason: str = ""
+
+
+@dataclass
+class Problem:
+    """The inputs of a pass, its exact results, and how to run a candidate on it."""
+
+    case: Case
+    pass_: str
+    device: torch.device
+    inputs: tuple[Tensor, ...]
+    grad_out: Tensor | None
+    oracle: Oracle
+
+    @classmethod
+    def build(cls, case: Case, pass_: str, device: torch.device, seed: int = 0) -> Problem:
+        inputs = case.inputs(device, seed)
+        grad_out = None
+        if pass_ == "backward":
+            with torch.no_grad():
+                out = next(iter(case.baselines(device, "forward", False).values())).call(*inputs)
+            generator = torch.Generator().manual_seed(seed + 1)
+            grad_out = torch.randn(out.shape, generator=generator).to(out)
+        return cls(case, pass_, device, inputs, grad_out, case.oracle(inputs, grad_out))
+
+    def thunk(self, call: Call, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """What gets timed: the forward call, or the backward of a graph that is built here, once."""
+        if self.grad_out is None:
+            return functools.partial(call, *inputs)
+        out = call(*inputs)
+        return functools.partial(torch.autograd.grad, out, inputs, self.grad_out, retain_graph=True)
+
+    def sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        """Input sets of equal values in memory of their own."""
+        copies = [tuple(t.detach().clone().requires_grad_() for t in self.inputs) for _ in range(count - 1)]
+        return [self.inputs, *copies]
+
+    def set_bytes(self) -> int:
+        tensors = [*self.inputs, *([] if self.grad_out is None else [self.grad_out])]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def verify(self, baseline: Baseline) -> Verified:
+        """Run the candidate once on the full problem and measure the part the oracle knows."""
+        with torch.set_grad_enabled(self.grad_out is not None), baseline.context():
+            thunk = self.thunk(baseline.call, self.inputs)
+            first_ms, result = timed_ms(thunk, self.device)
+        tensors = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            return Verified("fail", None, first_ms, "the result is not finite")
+        error, reason = 0.0, ""
+        known = zip(self.oracle.select(tensors), self.oracle.exact, self.oracle.composition, strict=True)
+        for i, (mine, exact, plain) in enumerate(known):
+            scale = exact.abs().max().item() or 1.0
+            off = testing.errors(mine, exact).max_abs
+            allowed = testing.tolerance(plain, exact, self.case.dtype)
+            error = max(error, off / scale)
+            if not off <= allowed:
+                reason = f"result {i} is off by {off:.2e}; {allowed:.2e} is allowed"
+        return Verified("fail" if reason else "pass", error, first_ms, reason)
