@@ -197,8 +197,8 @@ static void backward_tile(const BackwardTile& t) {
       const int64_t* list = t.tiles_of_query + visit.query_tile;
       if (visit.rank + 1 == list[1] - list[0]) {
         T* grad_q = static_cast<T*>(t.grad_q) + head * t.grad_q_head_stride + first_query * p.head_dim;
-        unpack_transposed(block.grad_query, lanes, static_cast<const float*>(nullptr), Engine::grad_q_scale(p),
-                          queries, p.head_dim, grad_q, p.head_dim);
+        unpack_transposed(block.grad_query, lanes, static_cast<const float*>(nullptr), p.scale, queries,
+                          p.head_dim, grad_q, p.head_dim);
       }
     }
   }

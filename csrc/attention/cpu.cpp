@@ -26,6 +26,8 @@ const Kernels& select_kernels(ScalarType dtype) {
   const Isa level = isa_active();
   const Dtype kind = dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
 #if defined(__x86_64__)
+  if (kind == Dtype::bf16 && level == Isa::amx) return kernels_amx();
+  if (kind == Dtype::bf16 && level == Isa::avx512_bf16) return kernels_avx512_bf16();
   if (level >= Isa::avx512) return kernels_avx512(kind);
   if (level == Isa::avx2) return kernels_avx2(kind);
 #endif

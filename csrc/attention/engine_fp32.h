@@ -146,8 +146,6 @@ struct EngineFp32 {
     store_pair(g.ds, lanes, key, lane, grad_even, grad_odd);
   }
 
-  static float grad_q_scale(const Problem& p) { return p.scale; }
-
   // The key side of one key tile.
   struct BackwardKeys {
     Keys all;
