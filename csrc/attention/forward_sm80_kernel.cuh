@@ -29,18 +29,18 @@ struct ForwardParams {
   float* lse;
   const int *cu_seqlens_q, *cu_seqlens_k;  // null for a dense batch
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
-  int sequences;             // batch entries, or packed sequences
-  int heads, group;          // query heads, and query heads per key head
-  int queries, keys;         // per batch entry, or packed totals
-  int head_dim, value_dim;   // multiples of 8
-  int slots, section_rows;   // schedule_kernel.cuh
-  float scale_log2;  // |scale| * log2(e)
-  bool negate;       // the sign of scale
+  int sequences;            // batch entries, or packed sequences
+  int heads, group;         // query heads, and query heads per key head
+  int queries, keys;        // per batch entry, or packed totals
+  int head_dim, value_dim;  // multiples of 8
+  int slots, section_rows;  // schedule_kernel.cuh
+  float scale_log2;         // |scale| * log2(e)
+  bool negate;              // the sign of scale
   bool causal, top_left;
 };
 
-// A negative scale moves its sign into q, so that the maximum of unscaled scores serves. A zero one becomes the smallest
-// normal number, which keeps -inf * scale = -inf.
+// A negative scale moves its sign into q, so that the maximum of unscaled scores serves. A zero one becomes the
+// smallest normal number, which keeps -inf * scale = -inf.
 inline void set_scale(ForwardParams& p, double scale) {
   p.negate = scale < 0;
   p.scale_log2 = std::fmax(static_cast<float>(std::fabs(scale) * 1.4426950408889634), 1.17549435e-38f);
@@ -141,8 +141,8 @@ EFFKERN_DEVICE int64_t offset(const Strides& s, int batch, int head, int64_t tok
 }
 
 EFFKERN_DEVICE BlockTask locate(const ForwardParams& p, int tile_rows, int tile_keys) {
-  const Work work = work_of_block(cuda::block_index(), (p.cu_seqlens_q ? 1 : p.sequences) * p.heads, p.slots,
-                                  p.section_rows);
+  const Work work =
+      work_of_block(cuda::block_index(), (p.cu_seqlens_q ? 1 : p.sequences) * p.heads, p.slots, p.section_rows);
   const int batch = work.row / p.heads, head = work.row - batch * p.heads, key_head = head / p.group;
   int tile = work.slot;
   Span queries{0, p.queries}, keys{0, p.keys};
@@ -227,7 +227,8 @@ EFFKERN_DEVICE void attention_forward_sm80(const ForwardParams& p, uint32_t shar
     }
   }
 
-  const BlockTask result = locate(p, Shape::kQueries, Shape::kKeys);  // found again, which spares the loop its registers
+  const BlockTask result =
+      locate(p, Shape::kQueries, Shape::kKeys);  // found again, which spares the loop its registers
   const Coordinate own = accumulator_coordinate<kRowBlocks>(thread_index(), 0);
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i)
