@@ -186,7 +186,7 @@ class _Problem:
             return unit
         return unit * max(1, torch.cuda.get_device_properties(self.q.device).L2_cache_size // 2 // max(head_bytes, 1))
 
-    def launch(self, kernel, name, arguments, by_key, tensors, **extra):
+    def launch(self, kernel, name, arguments, by_key, tensors):
         """Run one stationary-tile kernel: `arguments(reads)` is its leading arguments given the tensors as it reads them."""
         t = tiles(name, self.arch, self.q.dtype, self.dim, self.value_dim)
         rows, block, heads, lengths = (
@@ -197,16 +197,16 @@ class _Problem:
         reads = {key: _describe(x, t.n if key in ("k", "v") else t.m, use_descriptors) for key, x in tensors.items()}
         row_bytes = (self.dim + self.value_dim) * self.q.element_size()
         section = self.section(row_bytes * (self.sq * self.group if by_key else self.sk), 1 if by_key else self.group)
-        ragged = self.sq % t.m if by_key else self.sk % t.n
         total = self.batch * heads
         strides = [step for x in tensors.values() for step in x.stride()[:3]]
+        flags = {} if by_key else {"PARTIAL": self.causal or self.packed or self.sk % t.n != 0}
         kernel[(count * total,)](
             *arguments(reads), table, self.lengths_q, self.lengths_k, *strides, self.sq, self.sk, count, total,
-            min(section, total), heads, self.group, **extra, scale=self.scale,
+            min(section, total), heads, self.group, self.scale,
             D=self.dim, DV=self.value_dim, BLOCK_D=padded(self.dim), BLOCK_DV=padded(self.value_dim),
             BLOCK_M=t.m, BLOCK_N=t.n, CAUSAL=self.causal, TOP_LEFT=self.top_left, PACKED=self.packed,
-            TMA=use_descriptors, PARTIAL=self.causal or self.packed or ragged != 0,
-            PRECISION=precision(self.q.dtype), num_warps=t.warps, num_stages=t.stages)
+            TMA=use_descriptors,
+            PRECISION=precision(self.q.dtype), **flags, num_warps=t.warps, num_stages=t.stages)
 
 
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, *, use_descriptors=None):
@@ -234,19 +234,17 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, 
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     g, o = _readable(grad_out.to(q.dtype)), _readable(out)
     lines = problem.batch * problem.heads
-    stats = torch.empty((2, lines, problem.sq), dtype=torch.float32, device=q.device)
+    stats = torch.empty((lines, 2, problem.sq), dtype=torch.float32, device=q.device)
     reads = {"q": problem.q, "k": problem.k, "v": problem.v, "g": g}
     block = 16 if problem.arch == 0 else 64
     with problem.device():
         kernels.attention_delta_kernel[(triton.cdiv(problem.sq, block), lines)](
             g, None if grad_lse is None else grad_lse.contiguous(), o, lse.contiguous(), stats,
-            *g.stride()[:3], *o.stride()[:3], problem.sq, problem.heads, stats[0].numel(),
+            *g.stride()[:3], *o.stride()[:3], problem.sq, problem.heads,
             DV=problem.value_dim, BLOCK_DV=padded(problem.value_dim), BLOCK_M=block,
             HAS_GRAD_LSE=grad_lse is not None, num_warps=4)
         problem.launch(kernels.attention_backward_kv_kernel, "backward_kv",
-                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_k, grad_v), True, reads,
-                       total_rows=stats[0].numel())
+                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_k, grad_v), True, reads)
         problem.launch(kernels.attention_backward_q_kernel, "backward_q",
-                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_q), False, reads,
-                       total_rows=stats[0].numel())
+                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_q), False, reads)
     return grad_q, grad_k, grad_v

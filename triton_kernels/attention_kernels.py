@@ -81,9 +81,9 @@ def attention_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["sq", "heads"])
-def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, oh, os, sq, heads, total_rows,
+def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, oh, os, sq, heads,
                            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr):
-    """stats[0] = lse in base 2, stats[1] = delta; +inf and 0 where no key was visible, so that P and dS are 0 there."""
+    """stats[..., 0, :] = lse in base 2, stats[..., 1, :] = delta; +inf and 0 where no key was visible, so that P and dS are 0 there."""
     row = tl.program_id(0) * BLOCK_M
     line = tl.program_id(1)
     batch = line // heads
@@ -98,12 +98,13 @@ def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, 
         delta -= tl.load(grad_lse + at, mask=keep, other=0.0).to(tl.float32)
     value = tl.load(lse + at, mask=keep, other=0.0)
     empty = value == float("-inf")
+    at += line.to(tl.int64) * sq
     tl.store(stats + at, tl.where(empty, float("inf"), value * LOG2E), mask=keep)
-    tl.store(stats + total_rows + at, tl.where(empty, 0.0, delta), mask=keep)
+    tl.store(stats + sq + at, tl.where(empty, 0.0, delta), mask=keep)
 
 
 @triton.jit
-def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, sq, shift, first_line, line_stride,
+def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, lines, length, batch, kv_head, group, first_q, sq, shift,
                        begin, count, head_count, skip, c, qb, qh, qs, gb, gh, gs,
                        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
@@ -112,26 +113,27 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, bat
     P^T and dS^T then feed the next product from registers."""
     for step in range(0, group * count):
         head = kv_head * group + step // count
-        line = first_line + (step // count).to(tl.int64) * line_stride
+        line = lines + (step // count).to(tl.int64) * (2 * length)
         row = visited(begin + step % count, head_count, skip) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         qt = load_tile(q, batch, head, first_q + row, first_q + sq, qb, qh, qs, BLOCK_M, D, BLOCK_D, TMA, MASKED, PACKED)
         gt = load_tile(grad_out, batch, head, first_q + row, first_q + sq, gb, gh, gs, BLOCK_M, DV, BLOCK_DV, TMA,
                        MASKED, PACKED)
         if MASKED:
-            lse2 = tl.load(stats + line + rows, mask=rows < sq, other=float("inf"))
+            lse2 = tl.load(line + rows, mask=rows < sq, other=float("inf"))
         else:
-            lse2 = tl.load(stats + line + rows)
+            lse2 = tl.load(line + rows)
         st = tl.dot(kt, qt.T, input_precision=PRECISION)
-        pt = tl.exp2(st * c - lse2[None, :])
         if MASKED and CAUSAL:
-            pt = tl.where((cols - shift - row)[:, None] <= tl.arange(0, BLOCK_M)[None, :], pt, 0.0)
+            visible = (cols - shift - row)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+            st = tl.where(visible, st, float("-inf"))
+        pt = tl.exp2(st * c - lse2[None, :])
         dv = tl.dot(pt.to(gt.dtype), gt, dv, input_precision=PRECISION)
         dpt = tl.dot(vt, gt.T, input_precision=PRECISION)
         if MASKED:
-            delta = tl.load(stats + total_rows + line + rows, mask=rows < sq, other=0.0)
+            delta = tl.load(line + length + rows, mask=rows < sq, other=0.0)
         else:
-            delta = tl.load(stats + total_rows + line + rows)
+            delta = tl.load(line + length + rows)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(qt.dtype), qt, dk, input_precision=PRECISION)
     return dk, dv
@@ -141,10 +143,10 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, bat
 def attention_backward_kv_kernel(
         q, k, v, grad_out, stats, grad_k, grad_v, table, lengths_q, lengths_k,
         qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs,
-        sq, sk, tiles, total_heads, section, kv_heads, group, total_rows, scale,
+        sq, sk, tiles, total_heads, section, kv_heads, group, scale,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
-        PACKED: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr):
+        PACKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """Key-stationary: one program per (key tile, kv head), looping over the query heads of the group in order."""
     tile, kv_head, batch, first_q, first_k, seq_q, seq_k, shift = locate(
         tiles, total_heads, section, kv_heads, table, lengths_q, lengths_k, sq, sk, False, PACKED, TOP_LEFT)
@@ -158,15 +160,15 @@ def attention_backward_kv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     begin, full, full_end, end = query_tiles(col, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
-    line = (batch * kv_heads * group + kv_head * group).to(tl.int64) * sq + first_q
-    if PARTIAL:
-        # Tiles on the diagonal, then the ragged last one.
-        dk, dv = gather_query_tiles(
-            dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, seq_q, shift, line, sq,
-            begin, full - begin + end - full_end, full, full_end - full, c, qb, qh, qs, gb, gh, gs,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, True)
+    lines = stats + ((batch * kv_heads + kv_head) * group).to(tl.int64) * (2 * sq) + first_q
+    # Tiles on the diagonal, then the ragged last one. The loop stays even where it is known to be empty: without it
+    # the accumulators enter the next loop as constants, and ptxas then serialises its wgmma.
     dk, dv = gather_query_tiles(
-        dk, dv, kt, vt, cols, q, grad_out, stats, total_rows, batch, kv_head, group, first_q, seq_q, shift, line, sq,
+        dk, dv, kt, vt, cols, q, grad_out, lines, sq, batch, kv_head, group, first_q, seq_q, shift,
+        begin, full - begin + end - full_end, full, full_end - full, c, qb, qh, qs, gb, gh, gs,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, True)
+    dk, dv = gather_query_tiles(
+        dk, dv, kt, vt, cols, q, grad_out, lines, sq, batch, kv_head, group, first_q, seq_q, shift,
         full, full_end - full, full_end, 0, c, qb, qh, qs, gb, gh, gs,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, PACKED, TMA, PRECISION, False)
     store_tile(grad_k, dk * scale, batch, kv_heads, kv_head, sk, first_k + col, first_k + seq_k, BLOCK_N, D, BLOCK_D)
@@ -199,7 +201,7 @@ def gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, head, first_k, 
 def attention_backward_q_kernel(
         q, k, v, grad_out, stats, grad_q, table, lengths_q, lengths_k,
         qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs,
-        sq, sk, tiles, total_heads, section, heads, group, total_rows, scale,
+        sq, sk, tiles, total_heads, section, heads, group, scale,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
         PACKED: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr):
@@ -216,9 +218,9 @@ def attention_backward_q_kernel(
     qt = load_tile(q, batch, head, first_q + row, first_q + seq_q, qb, qh, qs, BLOCK_M, D, BLOCK_D, TMA, True, False)
     gt = load_tile(grad_out, batch, head, first_q + row, first_q + seq_q, gb, gh, gs, BLOCK_M, DV, BLOCK_DV, TMA, True,
                    False)
-    line = stats + (batch * heads + head).to(tl.int64) * sq + first_q
+    line = stats + (batch * heads + head).to(tl.int64) * (2 * sq) + first_q
     lse2 = tl.load(line + rows, mask=rows < seq_q, other=float("inf"))
-    delta = tl.load(line + total_rows + rows, mask=rows < seq_q, other=0.0)
+    delta = tl.load(line + sq + rows, mask=rows < seq_q, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     last = last_key(rows, seq_k, shift, CAUSAL)
     full, end = key_tiles(row, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
