@@ -16,16 +16,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TRUE, FALSE = ("1", "on", "true", "yes"), ("0", "off", "false", "no", "")
+OPTIONS = {"EFFKERN_CUDA": "auto", "EFFKERN_SANITIZE": "0"}  # environment variables and their defaults
+WORDS = {"1": "ON", "on": "ON", "true": "ON", "0": "OFF", "off": "OFF", "false": "OFF", "auto": "auto"}
 
 
 def torch_root() -> Path | None:
-    """Folder of the torch package, also from inside pip's isolated build, which hides the environment's packages."""
+    """Folder of the torch package. Pip's isolated build hides the environment's own, so that one is asked too."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
     ask = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
-    found = subprocess.run([sys.executable, "-E", "-c", ask], capture_output=True, text=True, cwd=os.sep).stdout.strip()
+    command = [sys.executable, "-E", "-c", ask]  # -E: without the PYTHONPATH that pip isolates with
+    found = subprocess.run(command, capture_output=True, text=True, cwd=os.sep).stdout.strip()
     return Path(found).parent if found else None
 
 
@@ -36,17 +38,16 @@ def tool(name: str) -> str:
     return found
 
 
-def flag(name: str, default: str) -> str:
-    value = os.environ.get(name, default).lower()
-    if value == "auto" == default:
-        return "auto"
-    if value not in TRUE + FALSE:
-        sys.exit(f"effkern: {name}={value!r} is not understood; use 0, 1" + (" or auto" if default == "auto" else ""))
-    return "ON" if value in TRUE else "OFF"
+def option(name: str) -> str:
+    value = os.environ.get(name) or OPTIONS[name]
+    known = WORDS.get(value.lower())
+    if known is None or (known == "auto" != OPTIONS[name]):
+        sys.exit(f"effkern: {name}={value!r} is not understood; use 0 or 1")
+    return known
 
 
 def publish(stage: Path, target: Path) -> None:
-    """Moves the libraries into the package one by one, each at once: running processes keep the file they have open."""
+    """Puts the libraries into the package, each in one step: running processes keep the file they have open."""
     (target / "lib").mkdir(parents=True, exist_ok=True)
     fresh = {path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     for name in fresh:
@@ -57,46 +58,59 @@ def publish(stage: Path, target: Path) -> None:
 
 
 class CMakeBuild(build_ext):
-    """`build_ext --define NAME[=VALUE]` becomes -DNAME=VALUE for CMake; each such variant has its own build folder."""
+    """`build_ext --define NAME[=VALUE]` becomes -DNAME=VALUE for CMake. Each variant has a build folder."""
 
     def run(self) -> None:
+        options = self.options()
+        variant = [name for name in ("sanitize", "emulate") if options.get(f"EFFKERN_{name.upper()}") == "ON"]
+        variant += ["cpu"] if options["EFFKERN_CUDA"] == "OFF" else []
+        folder = ROOT / "build" / "-".join([str(sys.implementation.cache_tag), *variant])
+        target = ROOT / "effkern" if self.inplace else Path(self.build_lib).resolve() / "effkern"
+        stage = folder / "install"
+
+        cmake, build = tool("cmake"), str(folder)
+        defines = (f"-D{name}={value}" for name, value in sorted((options | self.machine()).items()))
+        self.call(cmake, "--log-level=WARNING", "-S", str(ROOT), "-B", build, "-G", "Ninja", *defines)
+        jobs = ["--parallel", str(self.parallel)] if self.parallel else []
+        self.call(cmake, "--build", build, *jobs, show=self.verbose > 0)
+        shutil.rmtree(stage, ignore_errors=True)
+        strip = [] if "sanitize" in variant else ["--strip"]
+        self.call(cmake, "--install", build, "--prefix", str(stage), *strip)
+        publish(stage, target)
+
+    def options(self) -> dict[str, str]:
+        """EFFKERN_* options for CMake, from the environment and the command line."""
+        options = {name: option(name) for name in OPTIONS}
+        for define, _ in self.define or []:  # setuptools has split them at commas
+            name, _, value = define.partition("=")
+            options[name] = WORDS.get(value.lower(), value) or "ON"
+        if options["EFFKERN_CUDA"] == "auto" and not (shutil.which("nvcc") or os.environ.get("CUDACXX")):
+            options["EFFKERN_CUDA"] = "OFF"
+            self.warn(
+                "NO CUDA COMPILER (nvcc) WAS FOUND: this build leaves the CUDA library out. The CPU library and "
+                "the Triton kernels work without it. To have it, put nvcc on PATH and build again."
+            )
+        return options
+
+    def machine(self) -> dict[str, str]:
+        """Where CMake finds what is outside the project."""
         torch = torch_root()
         if torch is None:
-            sys.exit("effkern: torch was not found; install it first with `pip install 'torch>=2.11'`")
-        if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-            sys.exit("effkern: no C++ compiler was found; install GCC 11 or newer (Debian, Ubuntu: apt install g++) or set CXX")
-        import pybind11
-
-        defines = {"EFFKERN_SANITIZE": flag("EFFKERN_SANITIZE", "0"), "EFFKERN_CUDA": flag("EFFKERN_CUDA", "auto")}
-        if defines["EFFKERN_CUDA"] == "auto" and not (shutil.which("nvcc") or os.environ.get("CUDACXX")):
-            defines["EFFKERN_CUDA"] = "OFF"
-            self.warn(
-                "NO CUDA COMPILER (nvcc) WAS FOUND: the CUDA library is left out of this build. "
-                "The CPU library and Triton kernels work without it; to have it, put nvcc on PATH and build again."
+            sys.exit("effkern: torch was not found; install it first: pip install 'torch>=2.11'")
+        if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+            sys.exit(
+                "effkern: no C++ compiler was found; install GCC 11 or newer (apt install g++) or set CXX"
             )
-        for define, _ in self.define or []:  # setuptools has split the option at commas
-            name, _, value = define.partition("=")
-            defines[name] = value or "ON"
-        variant = "".join(f"-{name.removeprefix('EFFKERN_').lower()}" for name in ("EFFKERN_SANITIZE", "EFFKERN_EMULATE")
-                          if defines.get(name) in ("1", "ON"))
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}{variant or '-release'}"
-        target = ROOT / "effkern" if self.inplace else Path(self.build_lib).resolve() / "effkern"
-        defines |= {
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit("effkern: pybind11 was not found; install it first: pip install pybind11")
+        return {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": str(torch),
         }
-        cmake = tool("cmake")
-        self.call(cmake, "--log-level=WARNING", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
-                  *(f"-D{name}={value}" for name, value in sorted(defines.items())))
-        self.call(cmake, "--build", str(folder), *(["--parallel", str(self.parallel)] if self.parallel else []),
-                  show=self.verbose > 0)
-        strip = [] if defines["EFFKERN_SANITIZE"] == "ON" else ["--strip"]
-        stage = folder / "install"
-        shutil.rmtree(stage, ignore_errors=True)
-        self.call(cmake, "--install", str(folder), "--prefix", str(stage), *strip)
-        publish(stage, target)
 
     def call(self, *command: str, show: bool = False) -> None:
         done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True)
@@ -106,7 +120,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # The module is built by CMake; the entry only marks the wheel as specific to platform and Python version.
+    # CMake builds the module; the entry only marks the wheel as specific to platform and Python version.
     ext_modules=[Extension("effkern._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=[] if torch_root() else ["torch>=2.11"],

@@ -49,8 +49,8 @@ class Status:
 def load() -> Status:
     """Loads the libraries once.
 
-    The CPU library and the host module are needed: ImportError says what is wrong and what would help. The CUDA
-    library is optional and is loaded with a torch that has CUDA, also where no GPU is present.
+    The CPU library and the host module are needed: ImportError says what is wrong and what would help. The
+    CUDA library is optional and is loaded with a torch that has CUDA, also where no GPU is present.
     """
     cpu = PACKAGE / "lib" / "libeffkern_cpu.so"
     if not cpu.exists():
@@ -82,7 +82,7 @@ def _load_host() -> Library:
 def _load_cuda() -> Library:
     path = PACKAGE / "lib" / "libeffkern_cuda.so"
     if not path.exists():
-        return Library("cuda", path, False, "not built: no CUDA compiler (nvcc) was found when effkern was built")
+        return Library("cuda", path, False, "not built: effkern was built without a CUDA compiler (nvcc)")
     if torch.version.cuda is None:
         return Library("cuda", path, False, f"torch {torch.__version__} is a build without CUDA")
     try:
@@ -119,13 +119,14 @@ def _diagnosis(path: Path, error: OSError) -> str:
     wanted = ".".join(map(str, OLDEST_TORCH))
     found = f"effkern: {path.name} could not be loaded: {error}."
     if torch.__version__ < OLDEST_TORCH:
-        return f"{found} It needs torch >= {wanted} and this is torch {torch.__version__}: pip install -U 'torch>={wanted}'."
+        upgrade = f"pip install -U 'torch>={wanted}'"
+        return f"{found} It needs torch >= {wanted} and this is torch {torch.__version__}: {upgrade}."
     if "undefined symbol" in str(error):
         return (
-            f"{found} It was built with torch {_build().torch or 'unknown'} and uses only torch's stable ABI of {wanted}, "
-            f"which torch {torch.__version__} should provide: build effkern again with this torch, and if that "
-            "does not help, report it."
+            f"{found} It was built with torch {_build().torch or 'unknown'} for the stable ABI of torch {wanted}, "
+            f"which torch {torch.__version__} should have: build effkern again with this torch, and if that does "
+            "not help, report it."
         )
     if "GLIBC" in str(error):
-        return f"{found} The library was built on a newer system than this one: build effkern here (`pip install .`)."
+        return f"{found} It was built on a newer system than this one: build effkern here (`pip install .`)."
     return f"{found} Install effkern again, or run `make build` in a checkout."
