@@ -1,7 +1,8 @@
 """Error measures and the rule by which effkern judges its own ops, for its tests, its harness and yours.
 
 The oracle is the reference in float64. An op passes when its largest error is at most twice that of the same
-computation written in PyTorch in the same dtype, plus a floor of one rounding step at the largest value.
+computation written in PyTorch in the same dtype, plus a floor: one rounding step at the largest value, and four steps
+of the float32 accumulation at the unit scale of the inputs.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def errors(actual: Tensor, oracle: Tensor, what: str = "result") -> Errors:
 
 
 def floor(oracle: Tensor, dtype: torch.dtype) -> float:
-    """One rounding step of `dtype` at the largest finite value of the oracle."""
+    """One rounding step of `dtype` at the oracle's largest finite value and four of float32 at that value or 1."""
     values = oracle.detach().abs()
     values = values[values.isfinite()]
-    return torch.finfo(dtype).eps * (values.max().item() if values.numel() else 0.0)
+    largest = values.max().item() if values.numel() else 0.0
+    return torch.finfo(dtype).eps * largest + 4 * torch.finfo(torch.float32).eps * max(largest, 1.0)
 
 
 def tolerance(baseline: Tensor, oracle: Tensor, dtype: torch.dtype, factor: float = FACTOR) -> float:

@@ -1,0 +1,96 @@
+"""Fixtures of every test: fresh seed, NaN-filled empty memory, and thread count, CPU level and backend put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import effkern
+from effkern import _host
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "plain_empty: torch.empty leaves its memory alone in this test")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Opt out with @pytest.mark.plain_empty, where a test reserves memory that it must not touch."""
+    if request.node.get_closest_marker("plain_empty"):
+        yield
+        return
+    with effkern.testing.nan_filled_empty():
+        yield
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """A function that sets torch's thread count until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=_host.isa_levels())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each CPU level this machine can run, forced for the length of the test."""
+    _host.isa_force(request.param)
+    yield request.param
+    _host.isa_force(None)
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way through the dispatcher that a test takes on purpose, and how the path trace names it."""
+
+    device: str
+    unit: str  # the CPU level, or the backend on a GPU
+
+    def check(self, op: str, dtype: torch.dtype) -> None:
+        """Asserts that the last call of `op` went this way."""
+        expected = f"{op}:{self.unit}"
+        if self.device == "cpu":
+            unit = self.unit
+            if dtype != torch.bfloat16 and unit in ("avx512_bf16", "amx"):
+                unit = "avx512"  # those two levels only add bfloat16 units
+            expected = f"{op}:cpu/{unit}"
+        last = effkern.backends.last()
+        assert last == expected or last.startswith(f"{expected}/"), f"took {last}, not {expected}"
+
+
+_ROUTES = [f"cpu/{level}" for level in _host.isa_levels()]
+if torch.cuda.is_available():
+    _ROUTES += ["cuda/triton", "cuda/cuda"]
+
+
+@pytest.fixture(params=_ROUTES)
+def route(request: pytest.FixtureRequest) -> Iterator[Route]:
+    """Every CPU level of this machine and every GPU backend, forced one after the other."""
+    device, unit = request.param.split("/")
+    if device == "cpu":
+        _host.isa_force(unit)
+        yield Route(device, unit)
+        _host.isa_force(None)
+        return
+    sizes = {"head_dim": 64, "value_dim": 64}
+    try:
+        effkern.backends.select("attention", device, torch.bfloat16, sizes, unit)
+    except effkern.backends.Unavailable as reason:
+        pytest.skip(str(reason))
+    with effkern.backends.force(unit):
+        yield Route(device, unit)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
