@@ -25,7 +25,7 @@ def attend(acc, top, total, q, last, k, v, batch, head, first_k, sk, begin, end,
         kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED, PACKED)
         s = tl.dot(q, kt.T, input_precision=PRECISION)
         if MASKED:
-            visible = tl.arange(0, BLOCK_N)[None, :] <= (last - col)[:, None]
+            visible = (col + tl.arange(0, BLOCK_N))[None, :] <= last[:, None]
             s = tl.where(visible, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * c)
         anchor = new_top
@@ -125,7 +125,7 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, lines, length, batch, 
             lse2 = tl.load(line + rows)
         st = tl.dot(kt, qt.T, input_precision=PRECISION)
         if MASKED and CAUSAL:
-            visible = (cols - shift - row)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+            visible = (cols - shift)[:, None] <= rows[None, :]
             st = tl.where(visible, st, float("-inf"))
         pt = tl.exp2(st * c - lse2[None, :])
         dv = tl.dot(pt.to(gt.dtype), gt, dv, input_precision=PRECISION)
@@ -191,7 +191,7 @@ def gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, head, first_k, 
         dp = tl.dot(gt, vt.T, input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if MASKED:
-            visible = tl.arange(0, BLOCK_N)[None, :] <= (last - col)[:, None]
+            visible = (col + tl.arange(0, BLOCK_N))[None, :] <= last[:, None]
             ds = tl.where(visible, ds, 0.0)
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     return dq
