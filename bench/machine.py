@@ -107,7 +107,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     # A CPU without units for the dtype may be a hundred times slower: find out on a small one first.
     trial = _matmul_seconds(device, dtype, 256)
     if trial * (size / 256) ** 3 > 0.5:
-        size = 512
+        size = min(size, 512)
     best = min(_matmul_seconds(device, dtype, size) for _ in range(4))
     return 2.0 * size**3 / best
 

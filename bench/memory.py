@@ -15,9 +15,9 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     """Peak memory of `call` over the state before it, or None where the system gives no sound way to know.
 
     GPU: the caching allocator's own peak. CPU: the high-water mark of resident memory (VmHWM), reset just
-    before the call. It sees every allocation, also those a C++ kernel makes behind torch's allocator. What the C
-    allocator kept from earlier calls is handed back first, or reusing it would look free. Scratch that a
-    kernel keeps per thread between calls counts only if `call` is its first call.
+    before the call. It sees every allocation, also those a C++ kernel makes behind torch's allocator. What
+    the C allocator kept from earlier calls is handed back first, or reusing it would look free. Scratch that
+    a kernel keeps per thread between calls counts only if `call` is its first call.
     """
     gc.collect()
     if device.type == "cuda":

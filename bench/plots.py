@@ -87,7 +87,7 @@ def _best_baselines(rows: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
     return best
 
 
-def _ratio_mark(axes: Axes, y: int, row: Row, is_best: bool, theme: Theme) -> None:
+def _ratio_mark(axes: Axes, y: float, row: Row, is_best: bool, theme: Theme) -> None:
     ratio = row.ratio or 1.0
     colour = theme.forward if row.pass_ == "forward" else theme.backward
     if not is_best:

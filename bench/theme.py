@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -44,7 +45,7 @@ DARK = Theme(
 )
 THEMES = {"light": LIGHT, "dark": DARK}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -57,12 +58,11 @@ STYLE = {
 
 
 def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
-    colours = dict.fromkeys(
+    colours: dict[Any, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.text
     )
-    with matplotlib.rc_context(
-        {**STYLE, **colours, "figure.facecolor": theme.page, "axes.facecolor": theme.page}
-    ):
+    pages: dict[Any, Any] = dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.page)
+    with matplotlib.rc_context({**STYLE, **colours, **pages}):
         figure = draw(theme)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)

@@ -68,12 +68,13 @@ def interleave(
     """
     estimate = {c.name: _warm_up(c, device) for c in candidates}
     repeats = {name: max(1, round(SAMPLE_SECONDS / max(t, 1e-9))) for name, t in estimate.items()}
-    round_seconds = sum(estimate[name] * repeats[name] for name in estimate)
-    rounds = int(min(max_rounds, max(min_rounds, seconds / max(round_seconds, 1e-9))))
     timings = {c.name: Timing() for c in candidates}
     cursor = {c.name: i * len(c.thunks) // len(candidates) for i, c in enumerate(candidates)}
+    end = time.perf_counter() + seconds
     with _no_gc():
-        for turn in range(rounds):
+        for turn in range(max_rounds):
+            if turn >= min_rounds and time.perf_counter() > end:
+                break
             for position in range(len(candidates)):
                 candidate = candidates[(turn + position) % len(candidates)]
                 count = repeats[candidate.name]
@@ -94,18 +95,21 @@ def timed_ms(call: Thunk, device: torch.device) -> tuple[float, object]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def host_us(call: Thunk, device: torch.device, *, batches: int = 15, calls: int = 40) -> float:
+def host_us(call: Thunk, device: torch.device, *, seconds: float = 0.3) -> float:
     """Host time of a call in microseconds: enqueueing on a GPU, a call on a tiny shape on the CPU."""
-    for _ in range(calls):
-        call()
-    samples = []
+    samples: list[float] = []
+    calls = 1
+    end = time.perf_counter() + seconds
     with _no_gc():
-        for _ in range(batches):
+        while time.perf_counter() < end or len(samples) < 3:
             _synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
                 call()
             samples.append((time.perf_counter() - start) / calls)
+            # The first samples warm up, and find how many calls make a sample long against the clock
+            if calls < 40 and samples[-1] * calls < 1e-3:
+                calls, samples = 2 * calls, []
     _synchronize(device)
     return statistics.median(samples) * 1e6
 

@@ -1,0 +1,50 @@
+"""The training run on real text: same data, same start, losses equal within rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effkern.bench import end_to_end
+from effkern.bench.model import Config
+from effkern.bench.text import standard_library
+
+SMALL = Config(layers=2, width=64, heads=2, context=128)
+
+
+def test_text_is_the_same_every_time_and_parts_do_not_overlap() -> None:
+    first, second = standard_library(), standard_library()
+    assert torch.equal(first.train, second.train)
+    assert torch.equal(first.validation, second.validation)
+    assert len(first.train) > 4 * len(first.validation) > 0
+    inputs, targets = first.windows(first.train, torch.tensor([0, 7]), 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert bytes(inputs[1].tolist()) == bytes(first.train[7:23].tolist())
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_losses_match_plain_pytorch(dtype: torch.dtype, difference: float) -> None:
+    device = torch.device("cpu")
+    result = end_to_end.train(device, steps=12, config=SMALL, batch=2, dtype=dtype)
+    plain, *others = result.curves
+    assert plain.path == ""
+    assert plain.train_bits[-1] < plain.train_bits[0] - 1.0  # it learns
+    assert others
+    for curve in others:
+        assert curve.path.partition("/")[0].endswith(":cpu")
+        assert curve.parameters == plain.parameters
+        assert len(curve.train_bits) == 12
+        for mine, theirs in zip(curve.train_bits, plain.train_bits, strict=True):
+            assert abs(mine - theirs) < difference
+        assert abs(curve.final_bits - plain.final_bits) < difference
+
+
+def test_a_rerun_gives_the_same_losses() -> None:
+    def losses() -> list[float]:
+        variant = end_to_end.variants()[1:2]
+        result = end_to_end.train(
+            torch.device("cpu"), steps=4, config=SMALL, dtype=torch.float32, chosen=variant
+        )
+        return result.curves[0].train_bits
+
+    assert losses() == losses()
