@@ -21,7 +21,7 @@ WORDS = {"1": "ON", "on": "ON", "true": "ON", "0": "OFF", "off": "OFF", "false":
 
 
 def torch_root() -> Path | None:
-    """Folder of the torch package. Pip's isolated build hides the environment's own, so that one is asked too."""
+    """Folder of the torch package. Pip's isolated build hides the environment's, so that one is asked too."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
@@ -32,7 +32,7 @@ def torch_root() -> Path | None:
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if not found:
         sys.exit(f"effkern: '{name}' was not found; install it with `pip install {name}`")
     return found
@@ -42,12 +42,14 @@ def option(name: str) -> str:
     value = os.environ.get(name) or OPTIONS[name]
     known = WORDS.get(value.lower())
     if known is None or (known == "auto" != OPTIONS[name]):
-        sys.exit(f"effkern: {name}={value!r} is not understood; use 0 or 1")
+        sys.exit(
+            f"effkern: {name}={value!r} is not understood; use 0, 1{', auto' * (OPTIONS[name] == 'auto')}"
+        )
     return known
 
 
 def publish(stage: Path, target: Path) -> None:
-    """Puts the libraries into the package, each in one step: running processes keep the file they have open."""
+    """Puts the libraries into the package, each in one step: running processes keep the file they have."""
     (target / "lib").mkdir(parents=True, exist_ok=True)
     fresh = {path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     for name in fresh:
@@ -87,8 +89,8 @@ class CMakeBuild(build_ext):
         if options["EFFKERN_CUDA"] == "auto" and not (shutil.which("nvcc") or os.environ.get("CUDACXX")):
             options["EFFKERN_CUDA"] = "OFF"
             self.warn(
-                "NO CUDA COMPILER (nvcc) WAS FOUND: this build leaves the CUDA library out. The CPU library and "
-                "the Triton kernels work without it. To have it, put nvcc on PATH and build again."
+                "NO CUDA COMPILER (nvcc) WAS FOUND: this build leaves the CUDA library out. The CPU library "
+                "and the Triton kernels work without it. To have it, put nvcc on PATH and build again."
             )
         return options
 

@@ -122,10 +122,10 @@ def _diagnosis(path: Path, error: OSError) -> str:
         upgrade = f"pip install -U 'torch>={wanted}'"
         return f"{found} It needs torch >= {wanted} and this is torch {torch.__version__}: {upgrade}."
     if "undefined symbol" in str(error):
+        built = _build().torch or "unknown"
         return (
-            f"{found} It was built with torch {_build().torch or 'unknown'} for the stable ABI of torch {wanted}, "
-            f"which torch {torch.__version__} should have: build effkern again with this torch, and if that does "
-            "not help, report it."
+            f"{found} It was built with torch {built} for the stable ABI of {wanted}, which torch "
+            f"{torch.__version__} should have. Build effkern again with this torch, or report it."
         )
     if "GLIBC" in str(error):
         return f"{found} It was built on a newer system than this one: build effkern here (`pip install .`)."
