@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def train(
     began = time.perf_counter()
     if dtype is None:
         progress(0, 1, "choosing the dtype")
-        dtype = _faster_dtype(chosen[0], config, device, seed, batches)
+        dtype = _faster_dtype(chosen[0], config, device, seed, corpus)
     if steps is None:
         progress(0, 1, "measuring a step")
         cost = sum(_seconds_a_step(v, config, device, dtype, seed, batches) for v in chosen)
@@ -201,12 +201,13 @@ def _seconds_a_step(
 
 
 def _faster_dtype(
-    variant: Variant,
-    config: Config,
-    device: torch.device,
-    seed: int,
-    batches: Callable[[int], tuple[Tensor, Tensor]],
+    variant: Variant, config: Config, device: torch.device, seed: int, corpus: Corpus
 ) -> torch.dtype:
-    """bf16 autocast pays only where the machine has units for it, so plain PyTorch tries both."""
+    """bf16 autocast pays only where the machine has units for it, so plain PyTorch tries both.
+
+    On a short context: without such units a full step in bf16 can take half a minute.
+    """
+    short = replace(config, context=min(config.context, 256))
+    batches = functools.partial(_batch, corpus, short.context, 1, seed)
     options = (torch.float32, torch.bfloat16)
-    return min(options, key=lambda dtype: _seconds_a_step(variant, config, device, dtype, seed, batches))
+    return min(options, key=lambda dtype: _seconds_a_step(variant, short, device, dtype, seed, batches))

@@ -118,7 +118,7 @@ def _warm_up(candidate: Candidate, device: torch.device) -> float:
     """Seconds a call takes once warm. The first call is thrown away, unless the candidate is slow."""
     with candidate.context():
         first, _ = timed_ms(candidate.thunks[0], device)
-        if first > 2000:
+        if first > 200:
             return first * 1e-3
         best = min(timed_ms(candidate.thunks[i % len(candidate.thunks)], device)[0] for i in range(1, 4))
     return best * 1e-3

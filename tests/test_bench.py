@@ -216,6 +216,18 @@ def test_a_failure_is_a_row_without_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.error > found.error_baseline
 
 
+def test_interrupt_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(runner.Listener):
+        def done(self, rows) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "measure_roofs", lambda device: {"matmul float32": 1e11, "copy": 1e10})
+    monkeypatch.setattr(runner.Run, "measure", lambda self, case, pass_: [row(case.name, pass_)])
+    found = runner.run(runner.Options(pattern="grid/*"), Impatient())
+    assert len(found.rows) == 1
+    assert found.end_to_end is None
+
+
 def test_report_renders(tmp_path: Path) -> None:
     report = pytest.importorskip("effkern.bench.report")
     rows = [row("gpt2-small/1024/bf16"), row("gpt2-small/1024/bf16", "backward"), row(TINY, ms=30.0)]
@@ -248,6 +260,7 @@ def test_command_line_runs_a_tiny_case(tmp_path: Path, monkeypatch: pytest.Monke
         "--threads",
         threads,
     ]
+    assert call(app, ["bench", "--case", "nothing", "--out", str(tmp_path)]).exit_code == 2
     done = call(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     stored = Results.load(tmp_path / "results.json")
@@ -259,7 +272,6 @@ def test_command_line_runs_a_tiny_case(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(command, "run", lambda options, screen: stored)
     again = call(app, [*arguments, "--no-plot", "--compare", str(tmp_path / "results.json")])
     assert "0 moved beyond the noise, 2 did not" in again.output
-    assert call(app, ["bench", "--case", "nothing"]).exit_code == 2
 
 
 def test_doctor_says_what_runs_and_is_usable() -> None:
