@@ -99,7 +99,7 @@ inline Geometry check_arguments(const Tensor& q, const Tensor& k, const Tensor& 
   EFFKERN_CHECK(g.value_dim >= 1 && g.value_dim <= kMaxHeadDim, "attention: v has head dim ", g.value_dim,
                 ", expected 1 to ", kMaxHeadDim);
   g.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(g.head_dim)));
-  EFFKERN_CHECK(std::isfinite(g.scale), "attention: scale must be finite, got ", g.scale);
+  EFFKERN_CHECK(std::isfinite(static_cast<float>(g.scale)), "attention: scale must be finite in float32, got ", g.scale);
 
   if (g.packed) {
     const std::pair<const char*, const Tensor*> offsets[2] = {{"cu_seqlens_q", &*cu_seqlens_q},

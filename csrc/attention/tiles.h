@@ -59,8 +59,11 @@ inline QueryVisitLists query_visit_lists(const KeyTileLists& lists, int64_t keys
   for (int64_t query = 0; query < query_tiles; ++query) {
     for (int64_t entry = lists.first[query]; entry < lists.first[query + 1]; ++entry) {
       const KeyTile& tile = lists.entries[entry];
+      // The keys work on their whole tile: a list entry that ends early hides the rest of it.
+      const bool cut = tile.begin + tile.count < std::min(tile.begin + key_tile, keys);
       visits.entries[next[tile.begin / key_tile]++] = {static_cast<int32_t>(query),
-                                                       static_cast<int32_t>(entry - lists.first[query]), tile.partial};
+                                                       static_cast<int32_t>(entry - lists.first[query]),
+                                                       tile.partial || cut};
     }
   }
   return visits;

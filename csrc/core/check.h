@@ -2,14 +2,20 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
-// Raises RuntimeError in Python with the streamed message when `condition` is false.
-#define EFFKERN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
-
 namespace effkern {
+
+// Becomes a RuntimeError in Python. Torch's own check macro would put a source path before the message.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 inline std::string shape_string(const torch::stable::Tensor& tensor) {
   std::string text = "(";
@@ -21,3 +27,10 @@ inline std::string shape_string(const torch::stable::Tensor& tensor) {
 }
 
 }  // namespace effkern
+
+// A macro, so that the message is only put together when it is needed.
+#define EFFKERN_CHECK(condition, ...) \
+  do {                                \
+    if (!(condition)) [[unlikely]]    \
+      ::effkern::fail(__VA_ARGS__);   \
+  } while (false)
