@@ -73,7 +73,9 @@ def interleave(
     end = time.perf_counter() + seconds
     with _no_gc():
         for turn in range(max_rounds):
-            if turn >= min_rounds and time.perf_counter() > end:
+            late = time.perf_counter() - end
+            # Where one round takes seconds, three of them have to do.
+            if turn >= (3 if late > 5.0 else min_rounds) and late > 0:
                 break
             for position in range(len(candidates)):
                 candidate = candidates[(turn + position) % len(candidates)]

@@ -36,7 +36,8 @@ class Problem:
 
     @classmethod
     def build(cls, case: Case, pass_: str, device: torch.device, seed: int = 0) -> Problem:
-        inputs = case.inputs(device, seed)
+        # Forward cases are inference: FlexAttention on the CPU refuses inputs that require gradients.
+        inputs = tuple(t.requires_grad_(pass_ == "backward") for t in case.inputs(device, seed))
         grad_out = None
         if pass_ == "backward":
             with torch.no_grad():
@@ -54,8 +55,11 @@ class Problem:
 
     def sets(self, count: int) -> list[tuple[Tensor, ...]]:
         """Input sets of equal values in memory of their own."""
-        copies = [tuple(t.detach().clone().requires_grad_() for t in self.inputs) for _ in range(count - 1)]
-        return [self.inputs, *copies]
+
+        def copy() -> tuple[Tensor, ...]:
+            return tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in self.inputs)
+
+        return [self.inputs, *(copy() for _ in range(count - 1))]
 
     def set_bytes(self) -> int:
         tensors = [*self.inputs, *([] if self.grad_out is None else [self.grad_out])]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from effkern.bench import cases as case_list
-from effkern.bench import command, machine, runner
+from effkern.bench import command, machine, measure, runner
 from effkern.bench import compare as comparing
 from effkern.bench.cases import Baseline
 from effkern.bench.machine import binding_roof, new_results
@@ -208,8 +208,10 @@ def test_verification_catches_a_wrong_kernel(pass_: str) -> None:
 def test_a_failure_is_a_row_without_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in case_list.discover() if case.name == TINY).tiny()
     monkeypatch.setattr(type(case), "ours", lambda self, backend: lambda q, k, v: q + k + v)
-    state = runner.Run(runner.Options(seconds=0.01), runner.Listener(), CPU, results())
-    (found,) = state.measure(case, "forward")
+    notes: list[str] = []
+    bench = measure.Bench(CPU, results().roofs, [None], False, 0.01, notes.append)
+    (found,) = bench.measure(case, "forward")
+    assert "FAILED" in notes[0]
     assert (found.verdict, found.median_ms, found.ratio) == ("fail", None, None)
     assert found.error is not None
     assert found.error_baseline is not None
@@ -222,7 +224,7 @@ def test_interrupt_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "measure_roofs", lambda device: {"matmul float32": 1e11, "copy": 1e10})
-    monkeypatch.setattr(runner.Run, "measure", lambda self, case, pass_: [row(case.name, pass_)])
+    monkeypatch.setattr(measure.Bench, "measure", lambda self, case, pass_: [row(case.name, pass_)])
     found = runner.run(runner.Options(pattern="grid/*"), Impatient())
     assert len(found.rows) == 1
     assert found.end_to_end is None
@@ -246,7 +248,7 @@ def test_command_line_runs_a_tiny_case(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(machine, "MATMUL_SIZE", {"cpu": 128, "cuda": 128})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
-    monkeypatch.setattr(runner, "MOST_SETS", 2)
+    monkeypatch.setattr(measure, "MOST_SETS", 2)
     threads = str(torch.get_num_threads())
     call = testing.CliRunner().invoke
     arguments = [

@@ -59,7 +59,7 @@ class Case(ABC):
 
     @abstractmethod
     def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-        """Leaf tensors; those of the backward pass require gradients."""
+        """Plain tensors; the backward pass turns all of them into leaves that require gradients."""
 
     @abstractmethod
     def ours(self, backend: str | None) -> Call: ...

@@ -58,7 +58,7 @@ class AttentionCase(Case):
 
         def make(heads: int, length: int) -> Tensor:
             values = torch.randn(self.batch, heads, length, self.head_dim, generator=generator)
-            return values.to(device, self.dtype).requires_grad_()
+            return values.to(device, self.dtype)
 
         return make(self.heads, self.queries), make(self.kv_heads, self.keys), make(self.kv_heads, self.keys)
 
@@ -169,7 +169,11 @@ def _flex(causal: bool, grouped: bool, queries: int, keys: int, device: torch.de
         return i >= j
 
     mask = create_block_mask(visible, None, None, queries, keys, device=device.type) if causal else None
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    # Each case has its own shapes and mask; without a reset, dynamo would stop at its recompile limit.
+    torch._dynamo.reset()
+    # The timed backward runs many times over one graph, which donated buffers would not allow.
+    torch._functorch.config.donated_buffer = False
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return functools.partial(compiled, block_mask=mask, enable_gqa=grouped)
 
 
