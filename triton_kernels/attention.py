@@ -82,8 +82,16 @@ def interpreted() -> bool:
 
 @functools.cache
 def _architecture(device: torch.device) -> int:
+    """10 x compute capability, 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def _cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def padded(dim: int) -> int:
@@ -104,10 +112,13 @@ def tiles(name: str, arch: int, dtype: torch.dtype, head_dim: int, value_dim: in
     return found._replace(stages=1) if known == 80 and arch != 80 else found
 
 
-def precision(dtype: torch.dtype) -> str:
-    """fp32 products run as three TF32 ones: about 2^-21 relative, inside the fp32 rule, on tensor cores. Exact fp32
-    FMA (`ieee`) would need both operands in registers and spills from D = 128 on."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+def precision(arch: int, dtype: torch.dtype) -> str:
+    """fp32 products run on tensor cores as six bf16 ones of operands split in three: what is dropped is below 2^-23,
+    fp32's own rounding. Three TF32 products drop 2^-21 at the same cost and hold a third more registers; exact FMA
+    (`ieee`) spills from D = 64 on."""
+    if arch == 0:
+        return "ieee"
+    return "bf16x6" if dtype == torch.float32 else "tf32"
 
 
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
@@ -176,7 +187,7 @@ class _Problem:
         self.group = self.heads // max(self.kv_heads, 1)
         self.scale = self.dim**-0.5 if scale is None else float(scale)
         self.causal, self.top_left = causal, top_left
-        self.arch = _architecture(q.device) if q.is_cuda else 0
+        self.arch = _architecture(q.device)
         self.tma = self.arch >= 90 if use_descriptors is None else use_descriptors
 
     def device(self):
@@ -188,9 +199,9 @@ class _Problem:
 
     def section(self, head_bytes: int, unit: int) -> int:
         """Heads that run side by side: as many as keep what they share in half of the L2 cache, in whole groups."""
-        if self.packed or self.arch == 0:
+        if self.packed:
             return unit
-        return unit * max(1, torch.cuda.get_device_properties(self.q.device).L2_cache_size // 2 // max(head_bytes, 1))
+        return unit * max(1, _cache_bytes(self.q.device) // 2 // head_bytes)
 
     def launch(self, kernel, name, arguments, by_key, tensors):
         """Run one stationary-tile kernel: `arguments(reads)` is its leading arguments given the tensors as it reads them."""
@@ -212,7 +223,7 @@ class _Problem:
             D=self.dim, DV=self.value_dim, BLOCK_D=padded(self.dim), BLOCK_DV=padded(self.value_dim),
             BLOCK_M=t.m, BLOCK_N=t.n, CAUSAL=self.causal, TOP_LEFT=self.top_left, PACKED=self.packed,
             TMA=use_descriptors,
-            PRECISION=precision(self.q.dtype), **flags, num_warps=t.warps, num_stages=t.stages)
+            PRECISION=precision(self.arch, self.q.dtype), **flags, num_warps=t.warps, num_stages=t.stages)
 
 
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, *, use_descriptors=None):
