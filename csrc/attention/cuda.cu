@@ -46,22 +46,12 @@ const uint16_t* input(const Tensor& t, const char* name, const Strides& strides)
 template <class Element, int kHeadDim, int kValueDim>
 void launch(ForwardParams& p, int device, cudaStream_t stream) {
   using Shape = ForwardShape<kHeadDim, kValueDim>;
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t rows = int64_t{packed ? 1 : p.sequences} * p.heads;
-  p.slots = packed ? packed_slots(p.queries, p.sequences, Shape::kQueries)
-                   : (p.queries + Shape::kQueries - 1) / Shape::kQueries;
-  EFFKERN_CHECK(rows * p.slots <= std::numeric_limits<int>::max(), kOp, ": too many query tiles for one launch (",
-                rows * p.slots, ")");
-  // Key heads whose keys and values take half of the L2 cache together.
-  const int64_t head_bytes = int64_t{p.keys} * (p.head_dim + p.value_dim) * 2;
-  const int64_t key_heads =
-      cuda::device_attribute(cudaDevAttrL2CacheSize, device, kOp) / 2 / std::max<int64_t>(head_bytes, 1);
-  p.section_rows = static_cast<int>(std::min(rows, std::max<int64_t>(key_heads, 1) * p.group));
-
+  const int64_t blocks = plan_grid(p, Shape::kQueries, cuda::device_attribute(cudaDevAttrL2CacheSize, device, kOp));
+  EFFKERN_CHECK(blocks <= std::numeric_limits<int>::max(), kOp, ": too many query tiles for one launch (", blocks, ")");
   const auto kernel = attention_forward_sm80_kernel<Element, kHeadDim, kValueDim>;
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes), kOp,
               "cudaFuncSetAttribute");
-  kernel<<<static_cast<unsigned>(rows * p.slots), Shape::kThreads, Shape::kSharedBytes, stream>>>(p);
+  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kSharedBytes, stream>>>(p);
   cuda::check(cudaGetLastError(), kOp, "the kernel launch");
 }
 

@@ -4,47 +4,19 @@
 //
 // One block computes 128 queries of one head: 4 warps of 32 rows, each row's softmax inside one quad of lanes. Scores
 // stay in registers and, rounded to 16 bits, are the left operand of the second product. Keys and values have one
-// buffer each and take turns: while scores of tile j are computed values j arrive, while values j are used keys j+1
-// arrive.
+// buffer each and take turns: while a tile's scores are computed its values arrive, while those are used the next keys
+// do. 64 keys a tile are what the registers hold beside the output without spilling.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "attention/schedule_kernel.cuh"
+#include "attention/forward_launch.h"
 #include "core/cuda/tile/copy.cuh"
 #include "core/cuda/tile/mma.cuh"
 #include "core/cuda/tile/reduce.cuh"
 
 namespace effkern::attention {
-
-// Strides in elements, of a tensor with unit stride along the head dimension.
-struct Strides {
-  int64_t batch, head, token;
-};
-
-struct ForwardParams {
-  const uint16_t *q, *k, *v;
-  uint16_t* out;
-  float* lse;
-  const int *cu_seqlens_q, *cu_seqlens_k;  // null for a dense batch
-  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
-  int sequences;            // batch entries, or packed sequences
-  int heads, group;         // query heads, and query heads per key head
-  int queries, keys;        // per batch entry, or packed totals
-  int head_dim, value_dim;  // multiples of 8
-  int slots, section_rows;  // schedule_kernel.cuh
-  float scale_log2;         // |scale| * log2(e)
-  bool negate;              // the sign of scale
-  bool causal, top_left;
-};
-
-// A negative scale moves its sign into q, so that the maximum of unscaled scores serves. A zero one becomes the
-// smallest normal number, which keeps -inf * scale = -inf.
-inline void set_scale(ForwardParams& p, double scale) {
-  p.negate = scale < 0;
-  p.scale_log2 = std::fmax(static_cast<float>(std::fabs(scale) * 1.4426950408889634), 1.17549435e-38f);
-}
 
 // The keys of one block's queries. It lives in shared memory while the accumulators take up the registers.
 struct KeyWalk {
@@ -106,8 +78,9 @@ EFFKERN_DEVICE void online_softmax(cuda::Accumulator<kRowBlocks, kKeyBlocks>& sc
         max = fmaxf(max, fmaxf(scores.block[i][j][2 * half], scores.block[i][j][2 * half + 1]));
       max = cuda::quad_max(max);
       // A row may have seen no key yet; its exponents must then be -inf, not -inf + inf.
-      const float base = max == -INFINITY ? 0.f : max * scale_log2;
-      const float shrink = cuda::exp2_fast(state.max[i][half] * scale_log2 - base);
+      const float origin = max == -INFINITY ? 0.f : max, base = origin * scale_log2;
+      // The difference first: with an unchanged maximum this is exactly 1, so nothing drifts over many tiles.
+      const float shrink = cuda::exp2_fast((state.max[i][half] - origin) * scale_log2);
       state.max[i][half] = max;
       float sum = 0.f;
 #pragma unroll

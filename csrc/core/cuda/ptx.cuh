@@ -77,6 +77,10 @@ EFFKERN_DEVICE Vector16 load_shared(uint32_t address) {
   return v;
 }
 
+EFFKERN_DEVICE void store_global(uint16_t* destination, const Vector16& v) {
+  *reinterpret_cast<Vector16*>(destination) = v;
+}
+
 // Four 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of the rows of matrix i; lane l receives
 // elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 of each.
 EFFKERN_DEVICE void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t address) {

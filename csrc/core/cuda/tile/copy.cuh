@@ -79,8 +79,7 @@ EFFKERN_DEVICE void copy_out(Tile tile, uint16_t* destination, int64_t row_strid
   uint16_t* to = destination + row * row_stride + column;
 #pragma unroll
   for (int step = 0; step < Slice::kSteps; ++step) {
-    if (step * Slice::kRowStep < rows_left)
-      *reinterpret_cast<Vector16*>(to) = load_shared(tile.address + Slice::offset(thread, step));
+    if (step * Slice::kRowStep < rows_left) store_global(to, load_shared(tile.address + Slice::offset(thread, step)));
     to += Slice::kRowStep * row_stride;
   }
 }

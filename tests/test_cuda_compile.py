@@ -1,0 +1,134 @@
+"""What nvcc made of the CUDA kernels, read from the built library; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import effkern
+
+LIBRARY = Path(effkern.__file__).parent / "lib" / "libeffkern_cuda.so"
+ARCHITECTURES = ("sm_80", "sm_90a")
+FORWARD = [(e, d, dv) for e in ("Bf16", "Fp16") for d in (64, 128) for dv in (64, 128)]
+
+if not LIBRARY.exists():
+    pytest.skip("the CUDA library was not built (no nvcc)", allow_module_level=True)
+
+
+def _tool() -> str:
+    """cuobjdump, from the toolkit or from the triton package."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    if found is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit nor triton is here")
+    return found
+
+
+@cache
+def _dump(*options: str) -> str:
+    return subprocess.run(
+        [_tool(), *options, str(LIBRARY)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _sections(text: str, pattern: str) -> dict[tuple[str, str], str]:
+    """Text by (architecture, kernel); `pattern` captures a kernel's name where its section begins."""
+    sections = {}
+    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        names = re.split(pattern, part)
+        for name, body in zip(names[1::2], names[2::2], strict=True):
+            sections[part.split(maxsplit=1)[0], name] = body
+    return sections
+
+
+def _forward_name(element: str, head_dim: int, value_dim: int) -> str:
+    template = f"4cuda4{element}ELi{head_dim}ELi{value_dim}EEE"
+    names = {name for _, name in _resources() if "attention_forward_sm80_kernel" in name and template in name}
+    assert len(names) == 1, names
+    return names.pop()
+
+
+@cache
+def _resources() -> dict[tuple[str, str], dict[str, int]]:
+    sections = _sections(_dump("-res-usage"), r" Function (\S+):")
+    return {
+        key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", body)}
+        for key, body in sections.items()
+    }
+
+
+@cache
+def _instructions() -> dict[tuple[str, str], Counter[str]]:
+    """How often each operation occurs in a kernel's machine code, without its modifiers."""
+    sections = _sections(_dump("-sass"), r"Function : (\S+)")
+    operation = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+    return {key: Counter(operation.findall(body)) for key, body in sections.items()}
+
+
+def test_images_for_every_architecture() -> None:
+    images = set(re.findall(r"\.(sm_\w+)\.cubin", _dump("--list-elf")))
+    assert images == set(ARCHITECTURES)
+    assert re.findall(r"\.(sm_\w+)\.ptx", _dump("--list-ptx")) == ["sm_90"]  # newer GPUs compile this one
+
+
+def test_no_kernel_uses_local_memory() -> None:
+    assert {arch for arch, _ in _resources()} == set(ARCHITECTURES)
+    for kernel, usage in _resources().items():
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), (kernel, usage)
+        assert usage["REG"] <= 255
+        spills = {op: _instructions()[kernel][op] for op in ("LDL", "STL")}
+        assert not any(spills.values()), (kernel, spills)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("element", "head_dim", "value_dim"), FORWARD)
+def test_forward_instructions(arch: str, element: str, head_dim: int, value_dim: int) -> None:
+    """Tensor cores fed by ldmatrix, inputs by asynchronous copies; no input passes through registers."""
+    count = _instructions()[arch, _forward_name(element, head_dim, value_dim)]
+    products = 2 * (64 // 8) * (head_dim // 16) + 2 * (value_dim // 8) * (64 // 16)  # one tile of 64 keys
+    assert count["HMMA"] == products
+    assert count["LDSM"] >= products // 4
+    assert count["LDGSTS"] > 0 and count["LDG"] <= 40  # the search in cu_seqlens
+    assert count["BAR"] > 0 and count["MUFU"] >= 2 * 2 * 16
+
+
+def test_blocks_per_multiprocessor() -> None:
+    """Registers let two blocks of 128 threads share a multiprocessor."""
+    for kernel, usage in _resources().items():
+        if "attention_forward_sm80_kernel" in kernel[1]:
+            allocated = -(-usage["REG"] // 8) * 8
+            assert 65536 // (allocated * 128) >= 2, (kernel, usage)
+
+
+def test_loads_into_a_torch_without_cuda() -> None:
+    """Every symbol resolves, the op is registered for CUDA, and CPU tensors get a plain answer."""
+    code = """
+import json, sys, torch
+torch.ops.load_library(sys.argv[1] + "/libeffkern_cpu.so")
+torch.ops.load_library(sys.argv[1] + "/libeffkern_cuda.so")
+q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+try:
+    torch.ops.effkern.attention_cuda(q, q, q)
+    message = ""
+except NotImplementedError as error:
+    message = str(error)
+registered = torch._C._dispatch_has_kernel_for_dispatch_key("effkern::attention_cuda", "CUDA")
+print(json.dumps([message, registered]))
+"""
+    command = [sys.executable, "-c", code, str(LIBRARY.parent)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    message, registered = json.loads(result.stdout)
+    assert registered
+    assert "effkern::attention_cuda" in message and "CPU" in message
