@@ -31,6 +31,8 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt torch 'setuptools>=77' wheel cmake ninja 'pybind11>=2.12' numpy
 	@case "$$(uname -sm)" in "Linux x86_64"|"Linux aarch64") \
 	  $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt triton || echo "triton is not available here: its kernels are left out";; esac
+	@# The libraries first, where their progress can be seen; the installation finds them built.
+	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

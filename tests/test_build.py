@@ -51,9 +51,6 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-# Symbols ------------------------------------------------------------------------------------------
-
-
 @needs_plain_build
 @pytest.mark.parametrize("library", LIBRARIES, ids=names(LIBRARIES))
 def test_undefined_symbols(library: Path) -> None:
@@ -112,8 +109,6 @@ def test_isa_units_share_no_code() -> None:
             )
 
 
-# Sources ------------------------------------------------------------------------------------------
-
 SOURCES = [
     path
     for folder in ("csrc", "effkern", "bench", "triton_kernels", "tests", "scripts")
@@ -167,9 +162,6 @@ def test_no_file_is_a_giant() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > 600} == {}
 
 
-# CUDA ---------------------------------------------------------------------------------------------
-
-
 def cuda_resources() -> str:
     library = PACKAGE / "lib" / "libeffkern_cuda.so"
     if not library.exists():
@@ -193,9 +185,6 @@ def test_cuda_kernels_stay_in_registers() -> None:
     kernels = re.findall(r"Function (\w+):\n\s*REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuda_resources())
     assert kernels
     assert [name for name, stack, local in kernels if int(stack) or int(local)] == []
-
-
-# Wheel --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +230,6 @@ def test_wheel_is_complete(wheel: list[str]) -> None:
 def test_wheel_has_no_leftovers(wheel: list[str]) -> None:
     assert [name for name in wheel if re.search(r"\.(cpp|h|cu|cuh|o|a|new|pyc)$", name)] == []
 
-
-# Import -------------------------------------------------------------------------------------------
 
 ATTENTION = "q = torch.randn(1, 2, 8, 16); print(tuple(effkern.attention(q, q, q, causal=True).shape))"
 SHAPE = "(1, 2, 8, 16)"
