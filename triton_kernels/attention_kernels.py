@@ -25,14 +25,17 @@ def attend(acc, top, total, q, last, k, v, batch, head, first_k, sk, begin, end,
         kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED, PACKED)
         s = tl.dot(q, kt.T, input_precision=PRECISION)
         if MASKED:
+            # Hidden after scaling: -inf times a scale of 0 would be NaN.
             visible = (col + tl.arange(0, BLOCK_N))[None, :] <= last[:, None]
-            s = tl.where(visible, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * c)
-        anchor = new_top
-        if MASKED:
-            # A row that has seen no key yet has top -inf; -inf - -inf would be NaN.
+            s = tl.where(visible, s * c, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN too.
             anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s * c - anchor[:, None])
+            p = tl.exp2(s - anchor[:, None])
+        else:
+            new_top = tl.maximum(top, tl.max(s, 1) * c)
+            anchor = new_top
+            p = tl.exp2(s * c - anchor[:, None])
         shrink = tl.exp2(top - anchor)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
@@ -124,10 +127,10 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, lines, length, batch, 
         else:
             lse2 = tl.load(line + rows)
         st = tl.dot(kt, qt.T, input_precision=PRECISION)
+        st = st * c - lse2[None, :]
         if MASKED and CAUSAL:
-            visible = (cols - shift)[:, None] <= rows[None, :]
-            st = tl.where(visible, st, float("-inf"))
-        pt = tl.exp2(st * c - lse2[None, :])
+            st = tl.where((cols - shift)[:, None] <= rows[None, :], st, float("-inf"))
+        pt = tl.exp2(st)
         dv = tl.dot(pt.to(gt.dtype), gt, dv, input_precision=PRECISION)
         dpt = tl.dot(vt, gt.T, input_precision=PRECISION)
         if MASKED:
