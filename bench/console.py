@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,7 +10,6 @@ from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     Progress,
-    SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -25,6 +25,7 @@ from .words import machine_lines, number, percent, size
 
 # A log file or pipe has no width of its own; the tables need this much not to be cut.
 PLAIN_WIDTH = 150
+SECONDS_BETWEEN_DRAWINGS = 1.0
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -101,18 +102,21 @@ class Screen(Listener):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        # Drawn by hand, and seldom: a thread that refreshes would run beside what is being timed.
         self.progress = Progress(
-            SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("gone,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             transient=True,
+            auto_refresh=False,
             disable=not console.is_terminal,
             speed_estimate_period=120,
         )
+        self.drawn = 0.0
         self.task: TaskID | None = None
         self.weights: list[float] = []
         self.started = 0  # units begun
@@ -154,3 +158,6 @@ class Screen(Listener):
         if self.task is not None and self.started:
             finished = sum(self.weights[: self.started - 1]) + fraction * self.weights[self.started - 1]
             self.progress.update(self.task, completed=finished, description=name)
+            if fraction in (0.0, 1.0) or time.monotonic() - self.drawn > SECONDS_BETWEEN_DRAWINGS:
+                self.progress.refresh()
+                self.drawn = time.monotonic()

@@ -30,6 +30,8 @@ VALIDATION_WINDOWS = 8
 VALIDATIONS = 8  # evaluations along the way
 MOST_STEPS, FEWEST_STEPS = 400, 24
 
+PATIENCE = 1.25  # how far beyond its time the training may go
+
 Progress = Callable[[int, int, str], None]  # step, steps, what
 
 
@@ -147,6 +149,7 @@ def train(
     if dtype is None:
         progress(0, 1, "choosing the dtype")
         dtype = _faster_dtype(chosen[0], config, device, seed, corpus)
+    limited = steps is None
     if steps is None:
         progress(0, 1, "measuring a step")
         cost = sum(_seconds_a_step(v, config, device, dtype, seed, batches) for v in chosen)
@@ -155,7 +158,11 @@ def train(
     trainers = [Trainer.start(v, config, device, dtype, seed) for v in chosen]
     held_out = _validation(corpus, config.context)
     interval = max(1, steps // VALIDATIONS)
+    fewest = min(steps, FEWEST_STEPS)
     for step in range(steps):
+        # The machine may have become busy since the steps were counted; all variants stop at the same one.
+        if step >= fewest and limited and time.perf_counter() - began > PATIENCE * seconds:
+            break
         data = batches(step)
         for turn in range(len(trainers)):
             trainer = trainers[(step + turn) % len(trainers)]
@@ -166,7 +173,7 @@ def train(
     curves = []
     for trainer in trainers:
         trainer.validate(*held_out)
-        peak = peak_extra_bytes(functools.partial(trainer.step, *batches(steps)), device)
+        peak = peak_extra_bytes(functools.partial(trainer.step, *batches(0)), device)
         trainer.path = backends.last() if trainer.variant.family else ""
         curves.append(trainer.curve(batch * config.context, peak))
     name = str(dtype).removeprefix("torch.")
