@@ -54,7 +54,7 @@ def publish(stage: Path, target: Path) -> None:
     fresh = {path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     for name in fresh:
         os.replace(shutil.copy2(stage / name, target / f"{name}.new"), target / name)
-    for path in (*target.glob("lib/*"), *target.glob("_host.*")):
+    for path in (*target.glob("lib/*"), *target.glob("_host.*.so")):
         if path.relative_to(target) not in fresh:
             path.unlink()  # a library that is no longer built must not stay behind
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = "2.11"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _load_host() -> Library:
     try:
         from effkern import _host
     except ImportError as error:
-        others = ", ".join(sorted(path.name for path in PACKAGE.glob("_host.*"))) or "none"
+        others = ", ".join(sorted(path.name for path in PACKAGE.glob("_host.*.so"))) or "none"
         raise ImportError(
             f"effkern: the host module for this Python is missing or broken (modules found: {others}). "
             f"Install effkern again with this Python, or run `make build` in a checkout. ({error})"
@@ -116,15 +116,14 @@ def _not_built(path: Path) -> str:
 
 
 def _diagnosis(path: Path, error: OSError) -> str:
-    wanted = ".".join(map(str, OLDEST_TORCH))
     found = f"effkern: {path.name} could not be loaded: {error}."
     if torch.__version__ < OLDEST_TORCH:
-        upgrade = f"pip install -U 'torch>={wanted}'"
-        return f"{found} It needs torch >= {wanted} and this is torch {torch.__version__}: {upgrade}."
+        upgrade = f"pip install -U 'torch>={OLDEST_TORCH}'"
+        return f"{found} It needs torch >= {OLDEST_TORCH} and this is torch {torch.__version__}: {upgrade}."
     if "undefined symbol" in str(error):
         built = _build().torch or "unknown"
         return (
-            f"{found} It was built with torch {built} for the stable ABI of {wanted}, which torch "
+            f"{found} It was built with torch {built} for the stable ABI of {OLDEST_TORCH}, which torch "
             f"{torch.__version__} should have. Build effkern again with this torch, or report it."
         )
     if "GLIBC" in str(error):

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import effkern
 from effkern import _lib
@@ -78,8 +79,8 @@ def test_runs_on_the_oldest_torch(library: Path) -> None:
     audit = pytest.importorskip("torch_abi_audit", reason="needs torch-abi-audit (Python 3.11)")
     verdict = audit.inspect_extension(library).torch
     assert verdict.stable, verdict.unstable_symbols
-    version = tuple(int(part) for part in verdict.min_torch_version.split("."))
-    assert version[:2] <= _lib.OLDEST_TORCH, verdict.version_defining_symbols
+    oldest = Version(_lib.OLDEST_TORCH)
+    assert Version(verdict.min_torch_version) <= oldest, verdict.version_defining_symbols
     assert not verdict.unknown_shim_symbols
 
 
@@ -223,7 +224,7 @@ def test_wheel_is_complete(wheel: list[str]) -> None:
     built = {f"effkern/lib/{library.name}" for library in LIBRARIES} | {"effkern/lib/build.json"}
     assert built <= set(wheel)
     assert [name for name in wheel if name.startswith("effkern/_host.")]
-    assert "effkern/py.typed" in wheel
+    assert {"effkern/py.typed", "effkern/_host.pyi"} <= set(wheel)
 
 
 @needs_plain_build
