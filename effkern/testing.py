@@ -2,7 +2,7 @@
 
 The oracle is the reference in float64. An op passes when its largest error is at most twice that of the same
 computation written in PyTorch in the same dtype, plus a floor: one rounding step at the largest value, and four steps
-of the float32 accumulation at the unit scale of the inputs.
+of float32 at the size of the numbers that were summed.
 """
 
 from __future__ import annotations
@@ -78,21 +78,28 @@ def errors(actual: Tensor, oracle: Tensor, what: str = "result") -> Errors:
     )
 
 
-def floor(oracle: Tensor, dtype: torch.dtype) -> float:
-    """One rounding step of `dtype` at the oracle's largest finite value and four of float32 at that value or 1."""
+def floor(oracle: Tensor, dtype: torch.dtype, unit: float = 1.0) -> float:
+    """One rounding step of `dtype` at the oracle's largest finite value, four of float32 at that value or `unit`."""
     values = oracle.detach().abs()
     values = values[values.isfinite()]
     largest = values.max().item() if values.numel() else 0.0
-    return torch.finfo(dtype).eps * largest + 4 * torch.finfo(torch.float32).eps * max(largest, 1.0)
+    return torch.finfo(dtype).eps * largest + 4 * torch.finfo(torch.float32).eps * max(largest, unit)
 
 
-def tolerance(baseline: Tensor, oracle: Tensor, dtype: torch.dtype, factor: float = FACTOR) -> float:
+def tolerance(
+    baseline: Tensor, oracle: Tensor, dtype: torch.dtype, factor: float = FACTOR, unit: float = 1.0
+) -> float:
     """`factor` times the largest error of `baseline`, a same-dtype PyTorch composition, plus `floor`."""
-    return factor * errors(baseline, oracle, "baseline").max_abs + floor(oracle, dtype)
+    return factor * errors(baseline, oracle, "baseline").max_abs + floor(oracle, dtype, unit)
 
 
 def assert_close_to_oracle(
-    actual: Tensor, baseline: Tensor, oracle: Tensor, what: str = "result", factor: float = FACTOR
+    actual: Tensor,
+    baseline: Tensor,
+    oracle: Tensor,
+    what: str = "result",
+    factor: float = FACTOR,
+    unit: float = 1.0,
 ) -> Errors:
     """Applies the rule and returns the errors of `actual`.
 
@@ -102,9 +109,10 @@ def assert_close_to_oracle(
         oracle: the same quantity from the reference in float64.
         what: name of the quantity in messages.
         factor: how much larger than the baseline's the error may be.
+        unit: size of the intermediate numbers, accumulated in float32, that the quantity is a difference of.
     """
     found = errors(actual, oracle, what)
-    allowed = tolerance(baseline, oracle, actual.dtype, factor)
+    allowed = tolerance(baseline, oracle, actual.dtype, factor, unit)
     if not found.max_abs <= allowed:
         raise AssertionError(f"{what}: error {found}; allowed {allowed:.3g}")
     return found

@@ -33,6 +33,12 @@ def _nan_filled_empty(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Most tests are too small for more, and threads that wait for each other cost what they should save."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """A function that sets torch's thread count until the end of the test."""

@@ -139,7 +139,10 @@ def check(case: Case, dtype: torch.dtype, route: Any) -> None:
     for name, result in ours.items():
         assert result.dtype == (torch.float32 if name == "lse" else dtype)
         assert result.is_contiguous() or name.startswith("grad")
-        assert_close_to_oracle(result, baseline[name], oracle[name], f"{name} of {case} in {dtype}")
+        # A weight carries the rounding of its score; dQ and dK are differences of sums of Dv products as well.
+        unit = max(1.0, case.d**0.5 * abs(case.scale or 0.0)) * (case.dv**0.5 if name in ("grad_q", "grad_k") else 1.0)
+        what = f"{name} of {case} in {dtype}"
+        assert_close_to_oracle(result, baseline[name], oracle[name], what, unit=unit)
 
 
 CASES = {
@@ -170,7 +173,8 @@ def test_against_oracle(case: Case, causal: str, dtype: torch.dtype, route: Any)
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed(causal: bool, dtype: torch.dtype, route: Any) -> None:
+def test_packed(causal: bool, dtype: torch.dtype, route: Any, threads: Callable[[int], None]) -> None:
+    threads(2)
     lengths = ((33, 40), (0, 5), (1, 1), (70, 64), (4, 0), (0, 0), (17, 129))
     check(Case(hq=4, hkv=2, d=24, dv=40, lengths=lengths, causal=causal), dtype, route)
 
@@ -178,9 +182,11 @@ def test_packed(causal: bool, dtype: torch.dtype, route: Any) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("packed", [False, True])
-def test_strides(layout: str, packed: bool, route: Any) -> None:
+def test_strides(layout: str, packed: bool, route: Any, threads: Callable[[int], None]) -> None:
+    threads(2)
     lengths = ((20, 30), (23, 40)) if packed else None
-    check(Case(b=2, hq=4, hkv=2, sq=43, sk=70, d=24, dv=16, layout=(layout,) * 4, lengths=lengths), torch.float32, route)
+    case = Case(b=2, hq=4, hkv=2, sq=43, sk=70, d=24, dv=16, layout=(layout,) * 4, lengths=lengths)
+    check(case, torch.float32, route)
 
 
 @st.composite
@@ -190,15 +196,15 @@ def cases(draw: st.DrawFn) -> Case:
         return draw(st.one_of(st.integers(1, most), usual))
 
     hkv = draw(st.integers(1, 3))
-    length = st.integers(0, 50)
+    length = st.integers(0, 70)
     packed = draw(st.booleans())
     lengths = tuple(draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))) if packed else None
     return Case(
         b=draw(st.integers(1, 2)),
         hq=hkv * draw(st.integers(1, 3)),
         hkv=hkv,
-        sq=dim(90),
-        sk=dim(200),
+        sq=dim(150),
+        sk=dim(300),
         d=dim(256),
         dv=dim(256),
         causal=draw(st.booleans()),
@@ -211,11 +217,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(case=cases(), seed=st.integers(0, 2**31))
-def test_any_shape(case: Case, seed: int, dtype: torch.dtype, route: Any) -> None:
+@given(case=cases(), seed=st.integers(0, 2**31), count=st.sampled_from([1, 1, 2]))
+def test_any_shape(
+    case: Case, seed: int, count: int, dtype: torch.dtype, route: Any, threads: Callable[[int], None]
+) -> None:
     torch.manual_seed(seed)
+    threads(count)
     check(case, dtype, route)
 
 
