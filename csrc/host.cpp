@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
@@ -38,12 +39,13 @@ std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool cau
   window.keys = keys;
   window.shift = top_left ? 0 : keys - queries;
   window.causal = causal;
-  const auto lists = effkern::attention::key_tile_lists(window, queries, query_tile, key_tile);
+  const auto lists = effkern::attention::key_run_lists(window, queries, query_tile, key_tile);
   std::vector<TileRow> plan(lists.first.size() - 1);
   for (size_t row = 0; row < plan.size(); ++row) {
     for (int64_t entry = lists.first[row]; entry < lists.first[row + 1]; ++entry) {
-      const auto& tile = lists.entries[entry];
-      plan[row].emplace_back(tile.begin, tile.begin + tile.count, tile.partial != 0);
+      const auto& run = lists.entries[entry];
+      for (int64_t key = run.begin; key < run.end; key += key_tile)
+        plan[row].emplace_back(key, std::min(key + key_tile, run.end), run.partial != 0);
     }
   }
   return plan;

@@ -12,7 +12,7 @@ namespace EFFKERN_UNIT {
 
 using attention::BackwardTile;
 using attention::QueryPack;
-using attention::QueryVisit;
+using attention::QueryRun;
 
 // The packed block of one query tile: operands of the four products it takes part in, row statistics, and the
 // transposed fp32 accumulator of its gradient.
@@ -55,8 +55,7 @@ static int64_t query_block_bytes(const Problem& p) {
 template <class T>
 static float row_dot(const T* a, const T* b, int64_t count) {
   Vec sum = vzero();
-  for (int64_t i = 0; i < count; i += kLanes)
-    sum = vfma(load_some(a + i, count - i), load_some(b + i, count - i), sum);
+  for (int64_t i = 0; i < count; i += kLanes) sum = vfma(load_some(a + i, count - i), load_some(b + i, count - i), sum);
   float lanes[kLanes], total = 0.0f;
   vstore(lanes, sum);
   for (int i = 0; i < kLanes; ++i) total += lanes[i];
@@ -87,9 +86,8 @@ static void pack_queries(const QueryPack& t) {
 
 // P^T = 2^(factor S^T - lse) and dS^T = P^T (dP^T - delta), for `padded` keys of which `count` are real.
 template <class Engine>
-static void probabilities_and_gradient(const float* s, const float* grad_p, int64_t padded, int64_t lanes,
-                                       float factor, const QueryBlock& block,
-                                       const typename Engine::Gradients& gradients) {
+static void probabilities_and_gradient(const float* s, const float* grad_p, int64_t padded, int64_t lanes, float factor,
+                                       const QueryBlock& block, const typename Engine::Gradients& gradients) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     const Vec lse = vload(block.lse + lane), delta = vload(block.delta + lane);
     const Vec offset = vsub(vzero(), lse);
@@ -151,6 +149,59 @@ static void store_rows(const float* source, int64_t source_stride, float scale, 
       store_some(target + row * columns + d, vmul(vset(scale), vload(source + row * source_stride + d)), columns - d);
 }
 
+// When a key tile adds to a query gradient: after `rank` others, and whether it is the last to do so.
+struct Turn {
+  int rank;
+  bool last;
+};
+
+EFFKERN_INLINE Turn turn_of(const KeyRun* runs, int64_t count, int64_t key_begin, int64_t key_tile) {
+  int64_t i = 0;
+  while (key_begin >= runs[i].end) ++i;
+  const int64_t rank = runs[i].first_rank + (key_begin - runs[i].begin) / key_tile;
+  return {static_cast<int>(rank), i + 1 == count && key_begin + key_tile >= runs[i].end};
+}
+
+// One query tile of one head against the keys of `t`.
+template <class Engine>
+static void visit_query_tile(const BackwardTile& t, const typename Engine::BackwardKeys& keys,
+                             const BackwardScratch& scratch, int64_t head, int64_t tile, bool partial) {
+  using T = typename Engine::Element;
+  const Problem& p = t.problem;
+  const int64_t first_query = tile * Engine::kBackwardQueryTile;
+  const int64_t queries = min64(Engine::kBackwardQueryTile, t.queries - first_query);
+  const int64_t lanes = round_up(queries, Engine::kLaneMultiple), padded = round_up(t.keys, Engine::kKeyMultiple);
+  const int64_t index = head * t.query_tiles + tile;
+  QueryBlock block;
+  query_block_layout<Engine>(p, t.packed_queries + index * query_block_bytes<Engine>(p), &block);
+
+  keys.scores(block.query_operand, lanes, scratch.scores);
+  keys.grad_probabilities(block.grad_out_operand, lanes, scratch.grad_scores);
+  if (partial) mask_scores(scratch.scores, lanes, t.window, first_query, t.key_begin, t.keys);
+  fill_rows(scratch.scores, lanes, t.keys, padded, -INFINITY);
+  fill_rows(scratch.grad_scores, lanes, t.keys, padded, 0.0f);
+  const typename Engine::Gradients gradients(scratch.scores, scratch.grad_scores, scratch.gradients, lanes);
+  probabilities_and_gradient<Engine>(scratch.scores, scratch.grad_scores, padded, lanes, exponent_factor(p.scale),
+                                     block, gradients);
+
+  gradients.add_to_values(block.grad_out_rows, t.keys, queries, lanes, Engine::padded_dim(p.value_dim), scratch.grad_v);
+  gradients.add_to_keys(block.query_rows, t.keys, queries, lanes, Engine::padded_dim(p.head_dim), scratch.grad_k);
+
+  const int64_t* list = t.key_runs_first + tile;
+  const Turn turn = turn_of(t.key_runs + list[0], list[1] - list[0], t.key_begin, Engine::kBackwardKeyTile);
+  wait_until(t.progress + index, turn.rank);
+  if (turn.rank == 0)
+    keys.template add_to_queries<false>(gradients, lanes, block.grad_query);
+  else
+    keys.template add_to_queries<true>(gradients, lanes, block.grad_query);
+  __atomic_store_n(t.progress + index, turn.rank + 1, __ATOMIC_RELEASE);
+  if (turn.last) {
+    T* grad_q = static_cast<T*>(t.grad_q) + head * t.grad_q_head_stride + first_query * p.head_dim;
+    unpack_transposed(block.grad_query, lanes, static_cast<const float*>(nullptr), p.scale, queries, p.head_dim, grad_q,
+                      p.head_dim);
+  }
+}
+
 template <class Engine>
 static void backward_tile(const BackwardTile& t) {
   using T = typename Engine::Element;
@@ -159,47 +210,15 @@ static void backward_tile(const BackwardTile& t) {
   const Problem& p = t.problem;
   BackwardScratch scratch;
   backward_layout<Engine>(p, static_cast<char*>(t.scratch), &scratch);
-  const float factor = exponent_factor(p.scale);
   const typename Engine::BackwardKeys keys(p, t.k, t.v, t.packed_keys, t.window.keys, t.key_begin, t.keys);
-  const int64_t padded = round_up(t.keys, Engine::kKeyMultiple);
   const int64_t k_columns = Engine::padded_dim(p.head_dim), v_columns = Engine::padded_dim(p.value_dim);
-  const int64_t block_bytes = query_block_bytes<Engine>(p);
   memset(scratch.grad_k, 0, t.keys * k_columns * sizeof(float));
   memset(scratch.grad_v, 0, t.keys * v_columns * sizeof(float));
-
   for (int64_t head = 0; head < t.group; ++head) {
-    for (int64_t i = 0; i < t.visit_count; ++i) {
-      const QueryVisit& visit = t.visits[i];
-      const int64_t first_query = visit.query_tile * Engine::kBackwardQueryTile;
-      const int64_t queries = min64(Engine::kBackwardQueryTile, t.queries - first_query);
-      const int64_t lanes = round_up(queries, Engine::kLaneMultiple);
-      const int64_t block_index = head * t.query_tiles + visit.query_tile;
-      QueryBlock block;
-      query_block_layout<Engine>(p, t.packed_queries + block_index * block_bytes, &block);
-
-      keys.scores(block.query_operand, lanes, scratch.scores);
-      keys.grad_probabilities(block.grad_out_operand, lanes, scratch.grad_scores);
-      if (visit.partial) mask_scores(scratch.scores, lanes, t.window, first_query, t.key_begin, t.keys);
-      fill_rows(scratch.scores, lanes, t.keys, padded, -INFINITY);
-      fill_rows(scratch.grad_scores, lanes, t.keys, padded, 0.0f);
-      const typename Engine::Gradients gradients(scratch.scores, scratch.grad_scores, scratch.gradients, lanes);
-      probabilities_and_gradient<Engine>(scratch.scores, scratch.grad_scores, padded, lanes, factor, block, gradients);
-
-      gradients.add_to_values(block.grad_out_rows, t.keys, queries, lanes, v_columns, scratch.grad_v);
-      gradients.add_to_keys(block.query_rows, t.keys, queries, lanes, k_columns, scratch.grad_k);
-      wait_until(t.progress + block_index, visit.rank);
-      if (visit.rank == 0)
-        keys.template add_to_queries<false>(gradients, lanes, block.grad_query);
-      else
-        keys.template add_to_queries<true>(gradients, lanes, block.grad_query);
-      __atomic_store_n(t.progress + block_index, visit.rank + 1, __ATOMIC_RELEASE);
-
-      const int64_t* list = t.tiles_of_query + visit.query_tile;
-      if (visit.rank + 1 == list[1] - list[0]) {
-        T* grad_q = static_cast<T*>(t.grad_q) + head * t.grad_q_head_stride + first_query * p.head_dim;
-        unpack_transposed(block.grad_query, lanes, static_cast<const float*>(nullptr), p.scale, queries,
-                          p.head_dim, grad_q, p.head_dim);
-      }
+    for (int64_t i = 0; i < t.run_count; ++i) {
+      const QueryRun& run = t.runs[i];
+      for (int64_t tile = run.first; tile < run.last; ++tile)
+        visit_query_tile<Engine>(t, keys, scratch, head, tile, run.partial);
     }
   }
   store_rows(scratch.grad_k, k_columns, p.scale, t.keys, p.head_dim, static_cast<T*>(t.grad_k));

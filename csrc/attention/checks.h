@@ -41,14 +41,22 @@ struct Sequence {
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -99,7 +107,8 @@ inline Geometry check_arguments(const Tensor& q, const Tensor& k, const Tensor& 
   EFFKERN_CHECK(g.value_dim >= 1 && g.value_dim <= kMaxHeadDim, "attention: v has head dim ", g.value_dim,
                 ", expected 1 to ", kMaxHeadDim);
   g.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(g.head_dim)));
-  EFFKERN_CHECK(std::isfinite(static_cast<float>(g.scale)), "attention: scale must be finite in float32, got ", g.scale);
+  EFFKERN_CHECK(std::isfinite(static_cast<float>(g.scale)), "attention: scale must be finite in float32, got ",
+                g.scale);
 
   if (g.packed) {
     const std::pair<const char*, const Tensor*> offsets[2] = {{"cu_seqlens_q", &*cu_seqlens_q},
@@ -132,11 +141,11 @@ inline std::vector<Sequence> read_sequences(const Geometry& g, const std::option
   const auto check_offsets = [&](const char* name, const int32_t* offsets, int64_t tokens) {
     EFFKERN_CHECK(offsets[0] == 0, "attention: ", name, " must start at 0, got ", offsets[0]);
     for (int64_t i = 0; i < count; ++i) {
-      EFFKERN_CHECK(offsets[i + 1] >= offsets[i], "attention: ", name, " must not decrease, got ", offsets[i],
-                    " then ", offsets[i + 1], " at position ", i + 1);
+      EFFKERN_CHECK(offsets[i + 1] >= offsets[i], "attention: ", name, " must not decrease, got ", offsets[i], " then ",
+                    offsets[i + 1], " at position ", i + 1);
     }
-    EFFKERN_CHECK(offsets[count] == tokens, "attention: ", name, " must end at the number of tokens ", tokens,
-                  ", got ", offsets[count]);
+    EFFKERN_CHECK(offsets[count] == tokens, "attention: ", name, " must end at the number of tokens ", tokens, ", got ",
+                  offsets[count]);
   };
   const int32_t* q_begin = q_offsets.const_data_ptr<int32_t>();
   const int32_t* k_begin = k_offsets.const_data_ptr<int32_t>();

@@ -72,8 +72,8 @@ struct Operand {
 
 // The tile lists of every sequence; a dense batch shares one.
 struct Lists {
-  std::vector<KeyTileLists> keys;
-  std::vector<QueryVisitLists> queries;
+  std::vector<KeyRunLists> keys;
+  std::vector<QueryRunLists> queries;
   std::vector<Window> windows;
   bool shared;
 
@@ -83,12 +83,18 @@ struct Lists {
     for (size_t i = 0; i < (shared ? std::min<size_t>(1, sequences.size()) : sequences.size()); ++i) {
       const Sequence& s = sequences[i];
       windows.push_back({s.keys, top_left ? 0 : s.keys - s.queries, causal});
-      keys.push_back(key_tile_lists(windows.back(), s.queries, query_tile, key_tile));
-      if (backward) queries.push_back(query_visit_lists(keys.back(), s.keys, key_tile));
+      keys.push_back(key_run_lists(windows.back(), s.queries, query_tile, key_tile));
+      if (backward) queries.push_back(query_run_lists(keys.back(), s.keys, key_tile));
     }
   }
   size_t index(int64_t sequence) const { return shared ? 0 : static_cast<size_t>(sequence); }
 };
+
+int64_t listed_keys(const KeyRunLists& list, int64_t tile) {
+  int64_t keys = 0;
+  for (int64_t i = list.first[tile]; i < list.first[tile + 1]; ++i) keys += list.entries[i].end - list.entries[i].begin;
+  return keys;
+}
 
 // One (sequence, kv head); `batch` indexes the dense batch axis.
 struct Unit {
@@ -158,7 +164,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_in, const Tensor& k_in,
 
   struct Task {
     size_t unit;
-    int64_t head, tile, cost;
+    int64_t head, tile, keys;
   };
   for (size_t begin = 0, end; begin < units.size(); begin = end) {
     const auto bytes = [&](const Unit& u) { return (kernels.key_bytes(problem, u.range->keys, false) + 63) / 64 * 64; };
@@ -167,14 +173,15 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_in, const Tensor& k_in,
     std::vector<Task> tasks;
     for (size_t u = begin; u < end; ++u) {
       offsets.push_back(offsets.back() + bytes(units[u]));
-      const KeyTileLists& list = lists.keys[lists.index(units[u].sequence)];
+      const KeyRunLists& list = lists.keys[lists.index(units[u].sequence)];
       for (int64_t head = 0; head < group; ++head)
         for (int64_t tile = 0; tile + 1 < static_cast<int64_t>(list.first.size()); ++tile)
-          tasks.push_back({u, units[u].kv_head * group + head, tile, list.first[tile + 1] - list.first[tile]});
+          tasks.push_back({u, units[u].kv_head * group + head, tile, listed_keys(list, tile)});
     }
-    // Longest first, so that no thread is left with a long tile at the end; the sort is stable, so tiles of one head
-    // stay together and its keys stay in cache.
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost / 16 > b.cost / 16; });
+    // Longest first, so that no thread is left with a long tile at the end; coarsely, and the sort is stable, so that
+    // tiles of one head stay together and its keys stay in cache.
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const Task& a, const Task& b) { return a.keys / 1024 > b.keys / 1024; });
     const Buffer packed(offsets.back());
     pack_key_block(kernels, problem, units, begin, end, k_op, v_op, false, packed.data, offsets);
 
@@ -184,15 +191,15 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_in, const Tensor& k_in,
       const Task& task = tasks[index];
       const Unit& unit = units[task.unit];
       const size_t list_index = lists.index(unit.sequence);
-      const KeyTileLists& list = lists.keys[list_index];
+      const KeyRunLists& list = lists.keys[list_index];
       const int64_t first = task.tile * kernels.query_tile, row = unit.range->query_begin + first;
       const int64_t lse_offset = (unit.batch * g.heads_q + task.head) * g.queries + row;
-      kernels.forward({problem, q_op.rows(unit.batch, task.head, row),
-                       std::min(kernels.query_tile, unit.range->queries - first), first, lists.windows[list_index],
-                       k_op.rows(unit.batch, unit.kv_head, unit.range->key_begin),
-                       v_op.rows(unit.batch, unit.kv_head, unit.range->key_begin),
-                       packed.data + offsets[task.unit - begin], list.entries.data() + list.first[task.tile], task.cost,
-                       out_op.at(unit.batch, task.head, row), lse_data + lse_offset, scratch.data + slot * scratch_bytes});
+      kernels.forward(
+          {problem, q_op.rows(unit.batch, task.head, row), std::min(kernels.query_tile, unit.range->queries - first),
+           first, lists.windows[list_index], k_op.rows(unit.batch, unit.kv_head, unit.range->key_begin),
+           v_op.rows(unit.batch, unit.kv_head, unit.range->key_begin), packed.data + offsets[task.unit - begin],
+           list.entries.data() + list.first[task.tile], list.first[task.tile + 1] - list.first[task.tile],
+           out_op.at(unit.batch, task.head, row), lse_data + lse_offset, scratch.data + slot * scratch_bytes});
     });
   }
   return {out, lse};
@@ -214,10 +221,12 @@ void check_backward_arguments(const Geometry& g, const Tensor& q, const Tensor& 
   if (grad_lse) check("grad_lse", *grad_lse, g.lse_shape(), ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_out_in, std::optional<Tensor> grad_lse_in, const Tensor& q_in, const Tensor& k_in,
-    const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in, std::optional<Tensor> cu_seqlens_q,
-    std::optional<Tensor> cu_seqlens_k, std::optional<double> scale, bool causal, bool top_left) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out_in, std::optional<Tensor> grad_lse_in,
+                                                          const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                                          const Tensor& out_in, const Tensor& lse_in,
+                                                          std::optional<Tensor> cu_seqlens_q,
+                                                          std::optional<Tensor> cu_seqlens_k,
+                                                          std::optional<double> scale, bool causal, bool top_left) {
   const Geometry g = check_arguments(q_in, k_in, v_in, cu_seqlens_q, cu_seqlens_k, scale);
   check_backward_arguments(g, q_in, grad_out_in, grad_lse_in, out_in, lse_in);
   const std::vector<Sequence> sequences = read_sequences(g, cu_seqlens_q, cu_seqlens_k);
@@ -285,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
                             out_op.rows(unit.batch, head, row), lse_data + lse_offset,
                             grad_lse_data ? grad_lse_data + lse_offset : nullptr, queries,
                             packed_queries.data + (query_offsets[u - begin] + block) * query_bytes});
-      const KeyTileLists& list = lists.keys[lists.index(unit.sequence)];
+      const KeyRunLists& list = lists.keys[lists.index(unit.sequence)];
       if (list.first[tile] == list.first[tile + 1])  // no key tile will ever write these rows
         std::memset(dq_op.at(unit.batch, head, row), 0, queries * g.head_dim * dq_op.element);
     });
@@ -296,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
       const auto [u, tile] = key_tasks[index];
       const Unit& unit = units[u];
       const size_t list_index = lists.index(unit.sequence);
-      const QueryVisitLists& visits = lists.queries[list_index];
+      const QueryRunLists& visits = lists.queries[list_index];
       const int64_t key_begin = tile * key_tile, head = unit.kv_head * group;
       const int64_t query_begin = unit.range->query_begin, block = query_offsets[u - begin];
       BackwardTile t{};
@@ -307,9 +316,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
       t.key_begin = key_begin;
       t.keys = std::min(key_tile, unit.range->keys - key_begin);
       t.window = lists.windows[list_index];
-      t.visits = visits.entries.data() + visits.first[tile];
-      t.visit_count = visits.first[tile + 1] - visits.first[tile];
-      t.tiles_of_query = lists.keys[list_index].first.data();
+      t.runs = visits.entries.data() + visits.first[tile];
+      t.run_count = visits.first[tile + 1] - visits.first[tile];
+      t.key_runs = lists.keys[list_index].entries.data();
+      t.key_runs_first = lists.keys[list_index].first.data();
       t.group = group;
       t.queries = unit.range->queries;
       t.query_tiles = ceil_div(unit.range->queries, query_tile);

@@ -20,9 +20,8 @@ using attention::Rows;
 // Two rows of fp32 as one row of bf16 pairs, and the first of them alone as the low half of the conversion.
 EFFKERN_INLINE __m512i pair_words(Vec even, Vec odd) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // even in the low 256 bits
-  const __m512i order =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                       18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, both);
 }
 

@@ -91,7 +91,8 @@ struct EngineFp32 {
   // Probabilities stay where the scores were.
   static int64_t probability_bytes(int64_t, int64_t) { return 0; }
   static float* probabilities(float* s, void*) { return s; }
-  static inline __attribute__((always_inline)) void store_pair(float* p, int64_t lanes, int64_t key, int64_t lane, Vec even, Vec odd) {
+  static inline __attribute__((always_inline)) void store_pair(float* p, int64_t lanes, int64_t key, int64_t lane,
+                                                               Vec even, Vec odd) {
     vstore(p + key * lanes + lane, even);
     vstore(p + (key + 1) * lanes + lane, odd);
   }
@@ -100,9 +101,8 @@ struct EngineFp32 {
   template <bool kAccumulate>
   static void add_values(const Problem& p, const Keys& keys, int64_t begin, int64_t count, const float* probabilities,
                          int64_t lanes, float* o) {
-    gemm_vector<Fp32Product, kAccumulate>(p.value_dim, lanes, count,
-                                          {keys.v + begin * keys.v_stride, 1, keys.v_stride}, probabilities, lanes, o,
-                                          lanes);
+    gemm_vector<Fp32Product, kAccumulate>(p.value_dim, lanes, count, {keys.v + begin * keys.v_stride, 1, keys.v_stride},
+                                          probabilities, lanes, o, lanes);
   }
 
   // --- backward ----------------------------------------------------------------------------------------------
@@ -140,8 +140,9 @@ struct EngineFp32 {
     }
   };
 
-  static inline __attribute__((always_inline)) void store_gradient_pair(const Gradients& g, int64_t lanes, int64_t key, int64_t lane, Vec even,
-                                          Vec odd, Vec grad_even, Vec grad_odd) {
+  static inline __attribute__((always_inline)) void store_gradient_pair(const Gradients& g, int64_t lanes, int64_t key,
+                                                                        int64_t lane, Vec even, Vec odd, Vec grad_even,
+                                                                        Vec grad_odd) {
     store_pair(g.p, lanes, key, lane, even, odd);
     store_pair(g.ds, lanes, key, lane, grad_even, grad_odd);
   }
@@ -153,7 +154,11 @@ struct EngineFp32 {
 
     BackwardKeys(const Problem& p, Rows k, Rows v, const void* packed, int64_t keys, int64_t key_begin,
                  int64_t key_count)
-        : all(p, k, v, packed, keys), begin(key_begin), count(key_count), head_dim(p.head_dim), value_dim(p.value_dim) {}
+        : all(p, k, v, packed, keys),
+          begin(key_begin),
+          count(key_count),
+          head_dim(p.head_dim),
+          value_dim(p.value_dim) {}
 
     void scores(const void* query_operand, int64_t lanes, float* s) const {
       gemm_vector<Fp32Product, false>(count, lanes, head_dim, {all.k + begin * all.k_stride, all.k_stride, 1},

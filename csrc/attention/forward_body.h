@@ -10,7 +10,7 @@ namespace effkern {
 namespace EFFKERN_UNIT {
 
 using attention::ForwardTile;
-using attention::KeyTile;
+using attention::KeyRun;
 using attention::Problem;
 using attention::Rows;
 using attention::Window;
@@ -63,8 +63,8 @@ struct SoftmaxState {
 constexpr float kSlack = 8.0f;
 
 template <class Engine>
-static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64_t count, int64_t padded, int64_t lanes, float factor,
-                         bool first, int64_t value_dim, float* o, SoftmaxState* state) {
+static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64_t count, int64_t padded, int64_t lanes,
+                         float factor, bool first, int64_t value_dim, float* o, SoftmaxState* state) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     Vec top0 = vset(-INFINITY), top1 = top0;
     int64_t key = 0;
@@ -108,8 +108,7 @@ static int64_t forward_layout(const Problem& p, char* base, ForwardScratch* scra
   constexpr int64_t kAlign = 64;
   const int64_t lanes = Engine::kQueryTile;
   const int64_t sizes[4] = {(Engine::kKeyTile + Engine::kKeyMultiple) * lanes * 4,
-                            Engine::padded_dim(p.value_dim) * lanes * 4,
-                            Engine::query_operand_bytes(p.head_dim, lanes),
+                            Engine::padded_dim(p.value_dim) * lanes * 4, Engine::query_operand_bytes(p.head_dim, lanes),
                             Engine::probability_bytes(Engine::kKeyTile, lanes)};
   int64_t offsets[5] = {0};
   for (int i = 0; i < 4; ++i) offsets[i + 1] = round_up(offsets[i] + sizes[i], kAlign);
@@ -161,21 +160,24 @@ static void forward_tile(const ForwardTile& t) {
     state.reference[lane] = -INFINITY;
     state.sum[lane] = 0.0f;
   }
-  if (t.tile_count == 0) fill_rows(scratch.output, lanes, 0, Engine::padded_dim(p.value_dim), 0.0f);
+  if (t.run_count == 0) fill_rows(scratch.output, lanes, 0, Engine::padded_dim(p.value_dim), 0.0f);
 
   typename Engine::Packed* probabilities = Engine::probabilities(scratch.scores, scratch.probabilities);
-  for (int64_t i = 0; i < t.tile_count; ++i) {
-    const KeyTile& tile = t.tiles[i];
-    const int64_t padded = round_up(tile.count, Engine::kKeyMultiple);
-    Engine::scores(p, keys, tile.begin, tile.count, scratch.query, lanes, scratch.scores);
-    if (tile.partial) mask_scores(scratch.scores, lanes, t.window, t.first_query, tile.begin, tile.count);
-    fill_rows(scratch.scores, lanes, tile.count, padded, -INFINITY);
-    softmax_tile<Engine>(scratch.scores, probabilities, tile.count, padded, lanes, factor, i == 0, p.value_dim,
-                         scratch.output, &state);
-    if (i == 0)
-      Engine::template add_values<false>(p, keys, tile.begin, tile.count, probabilities, lanes, scratch.output);
-    else
-      Engine::template add_values<true>(p, keys, tile.begin, tile.count, probabilities, lanes, scratch.output);
+  bool first = true;
+  for (int64_t i = 0; i < t.run_count; ++i) {
+    const KeyRun& run = t.runs[i];
+    for (int64_t begin = run.begin; begin < run.end; begin += Engine::kKeyTile, first = false) {
+      const int64_t count = min64(Engine::kKeyTile, run.end - begin), padded = round_up(count, Engine::kKeyMultiple);
+      Engine::scores(p, keys, begin, count, scratch.query, lanes, scratch.scores);
+      if (run.partial) mask_scores(scratch.scores, lanes, t.window, t.first_query, begin, count);
+      fill_rows(scratch.scores, lanes, count, padded, -INFINITY);
+      softmax_tile<Engine>(scratch.scores, probabilities, count, padded, lanes, factor, first, p.value_dim,
+                           scratch.output, &state);
+      if (first)
+        Engine::template add_values<false>(p, keys, begin, count, probabilities, lanes, scratch.output);
+      else
+        Engine::template add_values<true>(p, keys, begin, count, probabilities, lanes, scratch.output);
+    }
   }
   finish_forward<Engine>(t, lanes, scratch.output, state);
 }

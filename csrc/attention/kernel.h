@@ -25,18 +25,17 @@ struct Window {
   bool causal;
 };
 
-// One stretch of keys for a query tile: keys [begin, begin + count).
-struct KeyTile {
-  int64_t begin;
-  int32_t count;
-  int32_t partial;  // 1: some (query, key) pair inside is masked
+// A run of key tiles that a query tile visits one after the other: keys [begin, end), begin a multiple of the key tile.
+// Runs keep a list short (two entries for causal) however long the sequence.
+struct KeyRun {
+  int64_t begin, end;
+  int32_t first_rank;  // key tiles in the runs before
+  int32_t partial;     // 1: some (query, key) pair inside is masked, so its tiles need the mask
 };
 
-// One visit of a key tile: the query tile, and how many key tiles that query tile has visited before. The rank fixes
-// the order in which key tiles add to a query gradient, whatever the number of threads.
-struct QueryVisit {
-  int32_t query_tile;
-  int32_t rank;
+// The same from the key side: query tiles [first, last) that visit a key tile.
+struct QueryRun {
+  int32_t first, last;
   int32_t partial;
 };
 
@@ -58,8 +57,8 @@ struct ForwardTile {
   Window window;
   Rows k, v;  // the whole sequence
   const void* packed_keys;
-  const KeyTile* tiles;
-  int64_t tile_count;
+  const KeyRun* runs;
+  int64_t run_count;
   void* out;  // row stride value_dim
   float* lse;
   void* scratch;
@@ -83,9 +82,11 @@ struct BackwardTile {
   const void* packed_keys;
   int64_t key_begin, keys;  // keys in this tile
   Window window;
-  const QueryVisit* visits;
-  int64_t visit_count;
-  const int64_t* tiles_of_query;  // list starts of the key tiles, to know the last visit of a query tile
+  const QueryRun* runs;
+  int64_t run_count;
+  // Lists of all query tiles: they fix the order in which key tiles add to a query gradient.
+  const KeyRun* key_runs;
+  const int64_t* key_runs_first;
   int64_t group, queries, query_tiles;
   char* packed_queries;  // (group, query_tiles) blocks of query_bytes
   int* progress;         // (group, query_tiles) key tiles that have added to the query tile

@@ -21,8 +21,7 @@ struct alignas(64) TileShape {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
-static const TileShape tile_shape = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+static const TileShape tile_shape = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // Tile registers are configured for the life of one kernel call, and handed back at its end: the operating system
 // then has no tile state to save when it switches threads.

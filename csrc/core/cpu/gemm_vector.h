@@ -53,17 +53,18 @@ EFFKERN_INLINE void gemm_panel(int64_t rows, int64_t depth, Strided a, const flo
                                int64_t ldc) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    gemm_micro<Product, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.depth}, b, ldb, c + r * ldc, ldc);
+    gemm_micro<Product, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.depth}, b, ldb, c + r * ldc,
+                                                      ldc);
   if constexpr (kRows > 1) {
     if (r < rows)
-      gemm_panel<Product, kRows / 2, kVectors, kAccumulate>(rows - r, depth, {a.data + r * a.row, a.row, a.depth}, b, ldb,
-                                                   c + r * ldc, ldc);
+      gemm_panel<Product, kRows / 2, kVectors, kAccumulate>(rows - r, depth, {a.data + r * a.row, a.row, a.depth}, b,
+                                                            ldb, c + r * ldc, ldc);
   }
 }
 
 template <class Product, bool kAccumulate>
-static __attribute__((noinline)) void gemm_vector(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b, int64_t ldb, float* c,
-                                                  int64_t ldc) {
+static __attribute__((noinline)) void gemm_vector(int64_t rows, int64_t columns, int64_t depth, Strided a,
+                                                  const float* b, int64_t ldb, float* c, int64_t ldc) {
   int64_t vectors = columns / kLanes;
   for (; vectors >= kMicroVectors && vectors != kMicroVectors + 1; vectors -= kMicroVectors) {
     gemm_panel<Product, kMicroRows, kMicroVectors, kAccumulate>(rows, depth, a, b, ldb, c, ldc);

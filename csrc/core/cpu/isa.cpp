@@ -62,9 +62,9 @@ Cpu detect() {
   cpu.fma = c & (1u << 12);
   cpu.f16c = c & (1u << 29);
   const uint64_t xcr0 = osxsave ? read_xcr0() : 0;
-  cpu.os_avx = (xcr0 & 0x6) == 0x6;                   // xmm, ymm
+  cpu.os_avx = (xcr0 & 0x6) == 0x6;                     // xmm, ymm
   cpu.os_avx512 = cpu.os_avx && (xcr0 & 0xe0) == 0xe0;  // opmask, zmm
-  cpu.os_amx = (xcr0 & 0x60000) == 0x60000;           // tile config, tile data
+  cpu.os_amx = (xcr0 & 0x60000) == 0x60000;             // tile config, tile data
 
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
   cpu.avx2 = b & (1u << 5);
@@ -96,11 +96,16 @@ bool available([[maybe_unused]] Isa level) {
   const bool avx2 = c.os_avx && c.avx2 && c.fma && c.f16c;
   const bool avx512 = avx2 && c.os_avx512 && c.avx512f && c.avx512bw && c.avx512dq && c.avx512vl;
   switch (level) {
-    case Isa::scalar: return true;
-    case Isa::avx2: return avx2;
-    case Isa::avx512: return avx512;
-    case Isa::avx512_bf16: return avx512 && c.avx512_bf16;
-    case Isa::amx: return avx512 && c.avx512_bf16 && c.amx_permission;
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx512_bf16:
+      return avx512 && c.avx512_bf16;
+    case Isa::amx:
+      return avx512 && c.avx512_bf16 && c.amx_permission;
   }
   return false;
 #endif
@@ -116,11 +121,11 @@ Isa parse(const std::string& name, const char* source) {
   for (int level = 0; level < kIsaCount; ++level) {
     if (name != kNames[level]) continue;
     if (available(static_cast<Isa>(level))) return static_cast<Isa>(level);
-    throw std::invalid_argument(std::string(source) + ": this machine does not have " + name + "; available: " +
-                                available_names());
+    throw std::invalid_argument(std::string(source) + ": this machine does not have " + name +
+                                "; available: " + available_names());
   }
-  throw std::invalid_argument(std::string(source) + ": unknown CPU level '" + name + "'; available: " +
-                              available_names());
+  throw std::invalid_argument(std::string(source) + ": unknown CPU level '" + name +
+                              "'; available: " + available_names());
 }
 
 }  // namespace

@@ -47,8 +47,8 @@ static void transpose_rows(const Bf16* source, int64_t stride, int64_t rows, int
     for (int64_t c = 0; c < padded_columns; c += 16) {
       __m512i block[16];
       for (int64_t i = 0; i < 16; ++i)
-        block[i] = _mm512_cvtepu16_epi32(
-            load_bf16(source + (r + i) * stride + c, r + i < rows ? max64(0, columns - c) : 0));
+        block[i] =
+            _mm512_cvtepu16_epi32(load_bf16(source + (r + i) * stride + c, r + i < rows ? max64(0, columns - c) : 0));
       transpose_words(block);
       for (int64_t i = 0; i < 16; ++i)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + (c + i) * padded_rows + r),
@@ -73,8 +73,7 @@ static void transpose_pairs(const Bf16* source, int64_t stride, int64_t rows, in
         if (r + i < rows) block[i] = _mm512_xor_si512(block[i], flip);
       }
       transpose_words(block);
-      for (int64_t i = 0; i < 16; ++i)
-        _mm512_storeu_si512(target + ((c / 2 + i) * lanes + r) * 2, block[i]);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(target + ((c / 2 + i) * lanes + r) * 2, block[i]);
     }
   }
 }
@@ -87,9 +86,9 @@ static void interleave_rows(const Bf16* source, int64_t stride, int64_t rows, in
     for (int64_t c = 0; c < padded_columns; c += 16) {
       const int64_t count = max64(0, columns - c);
       const Bf16* row = source + r * stride + c;
-      _mm512_storeu_si512(target + (r / 2 * padded_columns + c) * 2,
-                          interleave(load_bf16(row, r < rows ? count : 0),
-                                     load_bf16(row + stride, r + 1 < rows ? count : 0)));
+      _mm512_storeu_si512(
+          target + (r / 2 * padded_columns + c) * 2,
+          interleave(load_bf16(row, r < rows ? count : 0), load_bf16(row + stride, r + 1 < rows ? count : 0)));
     }
   }
 }

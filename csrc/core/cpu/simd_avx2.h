@@ -35,8 +35,8 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
   const Vec f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, shifter));
   Vec p = _mm256_set1_ps(kExp2Coefficients[0]);
   for (int i = 1; i < kExp2Terms; ++i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Coefficients[i]));
-  const __m256i exponent = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
-                                            _mm256_set1_epi32(0x3f800000));
+  const __m256i exponent =
+      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000));
   const Vec tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
   return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
 }

@@ -19,7 +19,8 @@ EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, 
 
 // x in lanes where low <= position < high, else minus infinity.
 EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
-  const __mmask16 inside = _mm512_cmp_ps_mask(low, position, _CMP_LE_OQ) & _mm512_cmp_ps_mask(position, high, _CMP_LT_OQ);
+  const __mmask16 inside =
+      _mm512_cmp_ps_mask(low, position, _CMP_LE_OQ) & _mm512_cmp_ps_mask(position, high, _CMP_LT_OQ);
   return _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), x);
 }
 
