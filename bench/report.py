@@ -6,14 +6,14 @@ import base64
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
 from . import cases as case_list
-from .plots import ratio_plot, roofline_plot
-from .results import Results, Row
+from .ratio_plot import ratio_plot
+from .results import Results, Row, best_baselines
+from .roofline_plot import roofline_plot
 from .theme import THEMES, Theme, render
 from .training_plot import loss_plot
 from .words import machine_lines, number, percent, size
@@ -63,9 +63,10 @@ def _cards(results: Results) -> list[dict[str, str]]:
     measured = {(row.case, row.pass_, row.backend): row.verdict for row in results.rows}
     passed = sum(verdict == "pass" for verdict in measured.values())
     cards = [{"value": f"{passed} of {len(measured)}", "label": "measurements verified against float64"}]
+    best = best_baselines(results.rows).values()
     for dtype in dict.fromkeys(row.dtype for row in results.rows):
         for pass_ in ("forward", "backward"):
-            ratios = _against_best(row for row in results.rows if (row.dtype, row.pass_) == (dtype, pass_))
+            ratios = [row.ratio for row in best if (row.dtype, row.pass_) == (dtype, pass_) and row.ratio]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 label = f"{dtype} {pass_}, geometric mean of {len(ratios)} against the fastest baseline"
@@ -76,15 +77,6 @@ def _cards(results: Results) -> list[dict[str, str]]:
             label = f"training step, {curve.variant} against {plain.variant}"
             cards.append({"value": f"{plain.step_ms / curve.step_ms:.2f}x", "label": label})
     return cards
-
-
-def _against_best(rows: Any) -> list[float]:
-    best: dict[tuple[str, str, str], float] = {}
-    for row in rows:
-        if row.ratio:
-            key = (row.case, row.pass_, row.backend)
-            best[key] = min(best.get(key, math.inf), row.ratio)
-    return list(best.values())
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:

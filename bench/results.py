@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,16 @@ class Results:
     @classmethod
     def load(cls, path: Path) -> Results:
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def best_baselines(rows: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
+    """The fastest baseline of each (case, pass, backend): what a summary is made of."""
+    best: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = (row.case, row.pass_, row.backend)
+        if key not in best or (row.ratio or 0.0) < (best[key].ratio or 0.0):
+            best[key] = row
+    return best
 
 
 def _file_name(attribute: str) -> str:

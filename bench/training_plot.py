@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -10,13 +9,14 @@ from matplotlib.figure import Figure
 
 from .results import Curve, EndToEnd
 from .theme import Theme
+from .words import number
 
 
 def loss_plot(result: EndToEnd) -> Callable[[Theme], Figure]:
     """Left: bits per byte over steps. Right: what a step costs in time and memory."""
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = Figure(figsize=(12, 4.2), layout="constrained")
         losses, times, memory = figure.subplots(1, 3, width_ratios=(3.2, 1, 1))
         for i, curve in enumerate(result.curves):
             colour = theme.faint if i == 0 else theme.series[(i - 1) % len(theme.series)]
@@ -33,13 +33,14 @@ def loss_plot(result: EndToEnd) -> Callable[[Theme], Figure]:
                 ha="right",
                 va="top",
             )
-        low = min(min(_smooth(c.train_bits) + c.validation_bits) for c in result.curves)
-        losses.set_ylim(low - 0.15, min(8.1, max(max(c.train_bits) for c in result.curves) + 0.1))
+        seen = [bits for c in result.curves for bits in [*_smooth(c.train_bits), *c.validation_bits]]
+        losses.set_ylim(min(seen) - 0.15, max(seen) + 0.25)
         losses.set_title("Loss, bits per byte (line: training, smoothed; dots: validation)")
         losses.set_xlabel("step")
         losses.grid(color=theme.faint, alpha=0.25, linewidth=0.8)
         step = [curve.step_ms for curve in result.curves]
         _bars(times, result.curves, step, "Step, ms", theme)
+        times.set_ylim(0, 1.1 * max(curve.step_p90_ms for curve in result.curves))
         spans = [(c.step_ms - c.step_p10_ms, c.step_p90_ms - c.step_ms) for c in result.curves]
         times.errorbar(
             range(len(step)),
@@ -50,7 +51,7 @@ def loss_plot(result: EndToEnd) -> Callable[[Theme], Figure]:
             elinewidth=1,
         )
         held = [(curve.peak_extra_bytes or 0) / (1 << 20) for curve in result.curves]
-        _bars(memory, result.curves, held, "Peak memory of a step, MiB", theme)
+        _bars(memory, result.curves, held, "Peak memory, MiB", theme)
         return figure
 
     return draw
@@ -61,7 +62,7 @@ def _bars(axes: Axes, curves: Sequence[Curve], values: Sequence[float], title: s
     axes.bar(range(len(curves)), values, width=0.6, color=colours)
     for i, value in enumerate(values):
         axes.text(
-            i, value * 0.03, f"{value:.3g}", ha="center", va="bottom", color=theme.page, fontweight="bold"
+            i, value * 0.03, number(value), ha="center", va="bottom", color=theme.page, fontweight="bold"
         )
     axes.set_xticks(range(len(curves)), [curve.variant.replace(" ", "\n", 1) for curve in curves], fontsize=9)
     axes.tick_params(axis="x", length=0)
@@ -71,10 +72,8 @@ def _bars(axes: Axes, curves: Sequence[Curve], values: Sequence[float], title: s
     axes.set_ylim(0, max(max(values), 1e-9) * 1.15)
 
 
-def _smooth(values: Sequence[float], keep: float = 0.85) -> list[float]:
-    """Exponential mean, corrected for its start, so that the first values are not dragged towards zero."""
-    smoothed, mean = [], 0.0
-    for i, value in enumerate(values, 1):
-        mean = keep * mean + (1 - keep) * value
-        smoothed.append(mean / (1 - math.pow(keep, i)))
-    return smoothed
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred mean over a twentieth of the run: unlike a running mean it does not lag behind the loss."""
+    reach = len(values) // 40
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
