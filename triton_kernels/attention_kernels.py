@@ -7,7 +7,16 @@ Scores live in base 2: `c` = scale * log2(e), so that P = exp2(c * QK^T - lse2).
 import triton
 import triton.language as tl
 
-from .attention_tiles import key_tiles, last_key, load_tile, locate, query_tiles, store_tile, visited
+from .attention_tiles import (
+    key_tiles,
+    last_key,
+    load_line,
+    load_tile,
+    locate,
+    query_tiles,
+    store_tile,
+    visited,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -22,7 +31,8 @@ def attend(acc, top, total, q, last, k, v, batch, head, first_k, sk, begin, end,
     for step in range(begin, end):
         tile = visited(step, end, 0)
         col = tile * BLOCK_N
-        kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED, PACKED)
+        kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED,
+                       PACKED)
         s = tl.dot(q, kt.T, input_precision=PRECISION)
         if MASKED:
             # Hidden after scaling: -inf times a scale of 0 would be NaN.
@@ -86,7 +96,10 @@ def attention_forward_kernel(
 @triton.jit(do_not_specialize=["sq", "heads"])
 def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, oh, os, sq, heads,
                            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr):
-    """stats[..., 0, :] = lse in base 2, stats[..., 1, :] = delta; +inf and 0 where no key was visible, so that P and dS are 0 there."""
+    """Row statistics for the backward: stats[..., 0, :] = lse in base 2, stats[..., 1, :] = delta.
+
+    A row that saw no key gets +inf and 0, so that P and dS are 0 there.
+    """
     row = tl.program_id(0) * BLOCK_M
     line = tl.program_id(1)
     batch = line // heads
@@ -114,18 +127,16 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, lines, length, batch, 
                        PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Add what a list of query tiles gives to dK and dV of one key tile. S and dP are kept transposed (keys, queries):
     P^T and dS^T then feed the next product from registers."""
-    for step in range(0, group * count):
+    for step in range(group * count):
         head = kv_head * group + step // count
         line = lines + (step // count).to(tl.int64) * (2 * length)
         row = visited(begin + step % count, head_count, skip) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
-        qt = load_tile(q, batch, head, first_q + row, first_q + sq, qb, qh, qs, BLOCK_M, D, BLOCK_D, TMA, MASKED, PACKED)
+        qt = load_tile(q, batch, head, first_q + row, first_q + sq, qb, qh, qs, BLOCK_M, D, BLOCK_D, TMA, MASKED,
+                       PACKED)
         gt = load_tile(grad_out, batch, head, first_q + row, first_q + sq, gb, gh, gs, BLOCK_M, DV, BLOCK_DV, TMA,
                        MASKED, PACKED)
-        if MASKED:
-            lse2 = tl.load(line + rows, mask=rows < sq, other=float("inf"))
-        else:
-            lse2 = tl.load(line + rows)
+        lse2 = load_line(line, rows, sq, float("inf"), MASKED)
         st = tl.dot(kt, qt.T, input_precision=PRECISION)
         st = st * c - lse2[None, :]
         if MASKED and CAUSAL:
@@ -133,10 +144,8 @@ def gather_query_tiles(dk, dv, kt, vt, cols, q, grad_out, lines, length, batch, 
         pt = tl.exp2(st)
         dv = tl.dot(pt.to(gt.dtype), gt, dv, input_precision=PRECISION)
         dpt = tl.dot(vt, gt.T, input_precision=PRECISION)
-        if MASKED:
-            delta = tl.load(line + length + rows, mask=rows < sq, other=0.0)
-        else:
-            delta = tl.load(line + length + rows)
+        # Loaded here and not beside lse2: registers are short between the two products.
+        delta = load_line(line + length, rows, sq, 0.0, MASKED)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(qt.dtype), qt, dk, input_precision=PRECISION)
     return dk, dv
@@ -159,7 +168,8 @@ def attention_backward_kv_kernel(
     col = tile * BLOCK_N
     cols = col + tl.arange(0, BLOCK_N)
     kt = load_tile(k, batch, kv_head, first_k + col, first_k + seq_k, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, True, False)
-    vt = load_tile(v, batch, kv_head, first_k + col, first_k + seq_k, vb, vh, vs, BLOCK_N, DV, BLOCK_DV, TMA, True, False)
+    vt = load_tile(v, batch, kv_head, first_k + col, first_k + seq_k, vb, vh, vs, BLOCK_N, DV, BLOCK_DV, TMA, True,
+                   False)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     begin, full, full_end, end = query_tiles(col, seq_q, seq_k, shift, CAUSAL, BLOCK_M, BLOCK_N)
@@ -186,7 +196,8 @@ def gather_key_tiles(dq, qt, gt, lse2, delta, last, k, v, batch, head, first_k, 
     """Add what key tiles [begin, end) give to dQ of one query tile."""
     for step in range(begin, end):
         col = visited(step, end, 0) * BLOCK_N
-        kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED, PACKED)
+        kt = load_tile(k, batch, head, first_k + col, first_k + sk, kb, kh, ks, BLOCK_N, D, BLOCK_D, TMA, MASKED,
+                       PACKED)
         vt = load_tile(v, batch, head, first_k + col, first_k + sk, vb, vh, vs, BLOCK_N, DV, BLOCK_DV, TMA, MASKED,
                        PACKED)
         s = tl.dot(qt, kt.T, input_precision=PRECISION)

@@ -61,7 +61,7 @@ def key_tiles(row, sq, sk, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
 
 @triton.jit
 def last_key(rows, sk, shift, CAUSAL: tl.constexpr):
-    """Last visible key of each query row: the one scalar per row that a partial tile of a causal or ragged input needs."""
+    """Last visible key of each query row: all that a partial tile of a causal or ragged input needs."""
     last = tl.zeros_like(rows) + (sk - 1)
     if CAUSAL:
         last = tl.minimum(rows + shift, last)
@@ -88,7 +88,7 @@ def query_tiles(col, sq, sk, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def visited(step, head_count, skip):
-    """Tile number at position `step` of a list given as up to two index ranges: [0, head_count) and what follows `skip`.
+    """Tile number at position `step` of a list made of two index ranges with a gap of `skip` at `head_count`.
 
     This is the one place that knows lists are ranges: a block-sparse or document mask would load the number from
     memory here (`tl.load(list + step)`) and nothing around it would change.
@@ -123,6 +123,12 @@ def load_tile(source, batch, head, row, row_end, batch_stride, head_stride, row_
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_line(line, rows, row_end, other, CHECK: tl.constexpr):
+    """One number a row; with CHECK, `other` from `row_end` on."""
+    return tl.load(line + rows, mask=rows < row_end, other=other) if CHECK else tl.load(line + rows)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64: under Triton's interpreter everywhere, on the GPU where there is one.
+"""The Triton kernels against the reference in float64: under the interpreter everywhere, on the GPU where there is one.
 
 TRITON_INTERPRET is read when a kernel is defined and holds for the process, so the interpreted cases run in a child
 process (this file as a script), all in one go; each test then looks up its own verdict. fp32 only: the interpreter's
@@ -69,7 +69,9 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
 Results = dict[str, Tensor]
 
 
-def build(shape: tuple[int, ...], layout: str, lengths: Any, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Any]:
+def build(
+    shape: tuple[int, ...], layout: str, lengths: Any, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Any]:
     """q, k, v, the gradients of out and lse, and the cu_seqlens of a packed case."""
     b, hq, hkv, sq, sk, d, dv = shape
     packed = {}
@@ -92,7 +94,9 @@ def build(shape: tuple[int, ...], layout: str, lengths: Any, dtype: torch.dtype,
     return [*(t.to(dtype).to(device) for t in made), torch.randn(*lead, hq, sq).to(device)], packed
 
 
-def composition(q: Tensor, k: Tensor, v: Tensor, causal: bool, align: str, scale: float | None, **packed: Tensor) -> Any:
+def composition(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, align: str, scale: float | None, **packed: Tensor
+) -> Any:
     """Attention as plain PyTorch in the dtype of the inputs."""
     if packed:
         edges = [packed[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
@@ -104,7 +108,9 @@ def composition(q: Tensor, k: Tensor, v: Tensor, causal: bool, align: str, scale
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     scores = q @ k.mT * (q.size(-1) ** -0.5 if scale is None else scale)
     if causal:
-        position = torch.arange(q.size(2), device=q.device) + (k.size(2) - q.size(2) if align == "bottom_right" else 0)
+        position = torch.arange(q.size(2), device=q.device) + (
+            k.size(2) - q.size(2) if align == "bottom_right" else 0
+        )
         hidden = torch.arange(k.size(2), device=q.device) > position[:, None]
         scores = scores.masked_fill(hidden, -torch.inf)
     empty = (scores == -torch.inf).all(-1)
@@ -113,11 +119,15 @@ def composition(q: Tensor, k: Tensor, v: Tensor, causal: bool, align: str, scale
     return out, torch.logsumexp(scores.float(), -1).masked_fill(empty, -torch.inf)
 
 
-def differentiate(attention: Any, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor, **options: Any) -> Results:
+def differentiate(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor, **options: Any
+) -> Results:
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     out, lse = attention(q, k, v, **options)
     grads = torch.autograd.grad(
-        (out, lse), (q, k, v), (grad_out.to(out.dtype), torch.where(lse.isfinite(), grad_lse, 0.0).to(lse.dtype)),
+        (out, lse),
+        (q, k, v),
+        (grad_out.to(out.dtype), torch.where(lse.isfinite(), grad_lse, 0.0).to(lse.dtype)),
         materialize_grads=True,
     )
     return dict(zip(("out", "lse", "grad_q", "grad_k", "grad_v"), (out, lse, *grads)))
@@ -128,16 +138,19 @@ def through_op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 
 
 def check(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    """Outputs and every gradient against the oracle, twice for equal bits, and the path that ran."""
+    """Outputs and every gradient against the oracle, and the path that ran; on the GPU twice, for equal bits."""
     torch.manual_seed(0)
     tensors, packed = build(case["shape"], case.get("layout", "plain"), case.get("lengths"), dtype, device)
     options = dict(
-        causal=case.get("causal", False), align=case.get("align", "bottom_right"), scale=case.get("scale"), **packed
+        causal=case.get("causal", False),
+        align=case.get("align", "bottom_right"),
+        scale=case.get("scale"),
+        **packed,
     )
     with effkern.testing.nan_filled_empty():
         ours = differentiate(through_op, *tensors, **options)
         assert effkern.backends.last() == "attention_backward:triton", effkern.backends.last()
-        again = differentiate(through_op, *tensors, **options)
+        again = differentiate(through_op, *tensors, **options) if device == "cuda" else ours
     baseline = differentiate(composition, *tensors, **options)
     oracle = differentiate(reference.attention, *(t.double() for t in tensors), **options)
     for name, value in ours.items():
@@ -150,7 +163,12 @@ def check_descriptors(dtype: torch.dtype, device: str) -> None:
     that runs into the next sequence, NaN here, must not see it."""
     from effkern._triton import attention as launcher
 
-    for lengths, causal in ((None, False), (None, True), (((20, 37), (33, 33)), True), (((20, 37), (33, 33)), False)):
+    for lengths, causal in (
+        (None, False),
+        (None, True),
+        (((20, 37), (33, 33)), True),
+        (((20, 37), (33, 33)), False),
+    ):
         tensors, packed = build((1, 4, 2, 53, 70, 16, 16), "plain", lengths, dtype, device)
         q, k, v, grad_out, grad_lse = tensors
         if packed:
@@ -161,7 +179,18 @@ def check_descriptors(dtype: torch.dtype, device: str) -> None:
         for use_descriptors in (False, True):
             out, lse = launcher.forward(q, k, v, *cu, 0.3, causal, False, use_descriptors=use_descriptors)
             grads = launcher.backward(
-                grad_out, grad_lse, q, k, v, out, lse, *cu, 0.3, causal, False, use_descriptors=use_descriptors
+                grad_out,
+                grad_lse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                *cu,
+                0.3,
+                causal,
+                False,
+                use_descriptors=use_descriptors,
             )
             runs.append((out, lse, *grads))
         for one, other in zip(*runs):
@@ -213,7 +242,10 @@ def verdicts() -> dict[str, str]:
     """Verdict of every interpreted case: "" or the traceback."""
     child = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
@@ -256,25 +288,24 @@ def test_supports_names_the_reason() -> None:
         assert "float64" in str(launcher.supports(torch.device("cuda"), torch.float64, 64, 64))
 
 
-def _run_interpreted() -> dict[str, str]:
+def _verdict(name: str) -> str:
     from triton.runtime.errors import InterpreterError
 
-    found = {}
-    for name in [*CASES, *EXTRA]:
-        try:
-            if name in CASES:
-                check(CASES[name], torch.float32, "cpu")
-            else:
-                EXTRA[name](torch.float32, "cpu")
-            found[name] = ""
-        except RuntimeError as error:
-            # The allocator refuses what a small machine cannot reserve.
-            refused = "allocate memory" in str(error)
-            found[name] = f"skipped: {error}" if refused else traceback.format_exc()
-        except (AssertionError, TypeError, ValueError, AttributeError, IndexError, KeyError, InterpreterError):
-            found[name] = traceback.format_exc()
-    return found
+    try:
+        if name in CASES:
+            check(CASES[name], torch.float32, "cpu")
+        else:
+            EXTRA[name](torch.float32, "cpu")
+    except RuntimeError as error:
+        # The allocator refuses what a small machine cannot reserve.
+        refused = "allocate memory" in str(error)
+        return f"skipped: {error}" if refused else traceback.format_exc()
+    except (AssertionError, TypeError, ValueError, AttributeError, LookupError, InterpreterError):
+        return traceback.format_exc()
+    return ""
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run_interpreted()))
+    # The interpreter's products are small; threads would only wait for each other.
+    torch.set_num_threads(1)
+    print(json.dumps({name: _verdict(name) for name in [*CASES, *EXTRA]}))
