@@ -1,10 +1,10 @@
 """Which backend runs an op: the automatic choice, forcing one, and the path that ran last.
 
-    with effkern.backends.force("reference"):
-        ...
-    print(effkern.backends.last())        # "attention:cpu/avx2"
-    for row in effkern.backends.report():
-        print(row)
+with effkern.backends.force("reference"):
+    ...
+print(effkern.backends.last())        # "attention:cpu/avx2"
+for row in effkern.backends.report():
+    print(row)
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Unavailable(RuntimeError):
 
     def __init__(self, op: str, backend: str, reason: str, would_work: tuple[str, ...]) -> None:
         self.op, self.backend, self.reason, self.would_work = op, backend, reason, would_work
-        instead = f"; would work: {', '.join(would_work)}" if would_work else "; no other backend can run it either"
+        instead = (
+            f"; would work: {', '.join(would_work)}" if would_work else "; no other backend can run it either"
+        )
         super().__init__(f"{op}: backend '{backend}' cannot run: {reason}{instead}")
 
 
@@ -85,12 +87,16 @@ def force(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def refusal(backend: registry.Backend, device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+def refusal(
+    backend: registry.Backend, device: str, dtype: torch.dtype, sizes: Mapping[str, int]
+) -> str | None:
     """Why `backend` cannot serve such a request, None when it can."""
     if backend.devices and device not in backend.devices:
         return f"tensors are on {device}, it runs on {' and '.join(backend.devices)}"
     if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device in this machine" if torch.version.cuda else "this torch is a build without CUDA"
+        return (
+            "no CUDA device in this machine" if torch.version.cuda else "this torch is a build without CUDA"
+        )
     return backend.refusal(device, dtype, sizes)
 
 
@@ -99,7 +105,9 @@ def would_work(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, int
     return tuple(b.name for b in candidates if refusal(b, device, dtype, sizes) is None)
 
 
-def select(op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, int], name: str | None = None) -> str:
+def select(
+    op: str, device: str, dtype: torch.dtype, sizes: Mapping[str, int], name: str | None = None
+) -> str:
     """The backend that serves a request: `name`, else the forced one, else the best; raises `Unavailable`."""
     name = _forced if name is None else name
     spec = registry.get(op)

@@ -29,7 +29,11 @@ class Errors:
     expected: float
 
     def __str__(self) -> str:
-        place = f"at {self.worst}: {self.actual:.9g}, expected {self.expected:.9g}" if self.worst else "everywhere"
+        place = (
+            f"at {self.worst}: {self.actual:.9g}, expected {self.expected:.9g}"
+            if self.worst
+            else "everywhere"
+        )
         return f"max {self.max_abs:.3g} ({self.max_ulp:.3g} ulp), relative l2 {self.relative_l2:.3g}, worst {place}"
 
 
@@ -121,7 +125,8 @@ def assert_close_to_oracle(
 @contextlib.contextmanager
 def nan_filled_empty() -> Iterator[None]:
     """Fills the memory of torch.empty and its kin with NaN, also when C++ ops call them, so that gaps show."""
-    mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -55,7 +55,8 @@ def test_without_triton() -> None:
         "reasons = [a.reason for row in backends.report() for a in row.alternatives if a.backend == 'triton']\n"
         "assert any('triton is not installed' in r for r in reasons if r), reasons\n"
         "try: effkern.attention(q, q, q, backend='triton')\n"
-        "except backends.Unavailable as error: assert 'pip install triton' in str(error) and 'cpu' in error.would_work\n"
+        "except backends.Unavailable as error:\n"
+        "    assert 'pip install triton' in str(error) and 'cpu' in error.would_work\n"
         "else: raise AssertionError('no error')"
     )
 
@@ -100,13 +101,16 @@ def test_dataloader_workers(method: str, tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    big = torch.randn(2, 4, 256, 32)\n"
         "    effkern.attention(big, big, big)\n"
-        f"    loader = torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context='{method}', timeout=150)\n"
-        "    for i, (out, grad) in enumerate(loader):\n"
+        "    context = {'num_workers': 2, 'timeout': 150, 'multiprocessing_context': '" + method + "'}\n"
+        "    for i, (out, grad) in enumerate(torch.utils.data.DataLoader(Data(), **context)):\n"
         "        torch.testing.assert_close(out, torch.full_like(out, 0.1 * i))\n"
         "        assert grad.isfinite().all()\n"
     )
-    works(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')" if method == "fork" else
-          f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(script)!r}]).returncode)")
+    works(
+        f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+        if method == "fork"
+        else f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(script)!r}]).returncode)"
+    )
 
 
 def test_unknown_cpu_level() -> None:

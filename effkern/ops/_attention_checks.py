@@ -26,22 +26,34 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"attention: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
-            raise RuntimeError(
-                f"attention: {name} must be a dense strided tensor, got layout {str(tensor.layout).removeprefix('torch.')}"
-            )
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise RuntimeError(f"attention: {name} must be a dense strided tensor, got layout {layout}")
 
 
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float | None,
 ) -> None:
     """Shapes, dtypes and devices; the head dimension has no upper limit here."""
     check_tensors(q, k, v)
     packed = cu_seqlens_q is not None
     only = "cu_seqlens_q" if packed else "cu_seqlens_k"
-    _require(packed == (cu_seqlens_k is not None), f"cu_seqlens_q and cu_seqlens_k go together; only {only} was given")
-    rank, axes = (3, "(heads, tokens, dim) with cu_seqlens") if packed else (4, "(batch, heads, sequence, dim)")
+    _require(
+        packed == (cu_seqlens_k is not None),
+        f"cu_seqlens_q and cu_seqlens_k go together; only {only} was given",
+    )
+    rank, axes = (
+        (3, "(heads, tokens, dim) with cu_seqlens") if packed else (4, "(batch, heads, sequence, dim)")
+    )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == rank, f"{name} must have {rank} dimensions {axes}, got shape {tuple(tensor.shape)}")
+        _require(
+            tensor.dim() == rank,
+            f"{name} must have {rank} dimensions {axes}, got shape {tuple(tensor.shape)}",
+        )
         _require(tensor.dtype == q.dtype, f"{name} is {_name(tensor.dtype)} but q is {_name(q.dtype)}")
         _require(tensor.device == q.device, f"{name} is on {tensor.device}, q is on {q.device}")
     _require(
@@ -61,7 +73,9 @@ def check_arguments(
     _require(v.shape[-1] >= 1, "v has head dim 0, expected at least 1")
     if isinstance(scale, float):
         # The kernels multiply in float32, where a larger scale would turn every score into inf.
-        most, where = (math.inf, "") if q.dtype == torch.float64 else (torch.finfo(torch.float32).max, " in float32")
+        most, where = (
+            (math.inf, "") if q.dtype == torch.float64 else (torch.finfo(torch.float32).max, " in float32")
+        )
         _require(math.isfinite(scale) and abs(scale) <= most, f"scale must be finite{where}, got {scale}")
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return
@@ -74,7 +88,8 @@ def check_arguments(
         _require(offsets.device == q.device, f"{name} is on {offsets.device}, q is on {q.device}")
     sequences_q, sequences_k = cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1
     _require(
-        sequences_q == sequences_k, f"cu_seqlens_q has {sequences_q} sequences, cu_seqlens_k has {sequences_k}"
+        sequences_q == sequences_k,
+        f"cu_seqlens_q has {sequences_q} sequences, cu_seqlens_k has {sequences_k}",
     )
 
 

@@ -26,7 +26,12 @@ def visible_pairs(sq: int, sk: int, causal: bool, top_left: bool) -> int:
 
 
 def _total_pairs(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, top_left: bool
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    top_left: bool,
 ) -> int:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return q.shape[0] * q.shape[1] * visible_pairs(q.shape[2], k.shape[2], causal, top_left)
@@ -103,5 +108,12 @@ def backward_formula(
 ) -> int:
     align = "top_left" if top_left else "bottom_right"
     return attention_flops(
-        q, k, v, causal=causal, align=align, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backward=True
+        q,
+        k,
+        v,
+        causal=causal,
+        align=align,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        backward=True,
     )

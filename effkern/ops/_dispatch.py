@@ -68,7 +68,9 @@ def register_autocast(op: str) -> None:
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
     """Ops with a registered backward drop forward-mode tangents in silence: an error instead."""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{op}: forward-mode derivatives are only available with backend='reference'")
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives are only available with backend='reference'"
+        )
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -149,9 +149,14 @@ def attention_backward(
         parts = _dense_backward(
             grad_out[None, :, a:b],
             None if grad_lse is None else grad_lse[None, :, a:b],
-            *(q[None, :, a:b], k[None, :, c:d], v[None, :, c:d]),
-            *(out[None, :, a:b], lse[None, :, a:b]),
-            *(scale, causal, top_left),
+            q[None, :, a:b],
+            k[None, :, c:d],
+            v[None, :, c:d],
+            out[None, :, a:b],
+            lse[None, :, a:b],
+            scale,
+            causal,
+            top_left,
         )
         grads[0][:, a:b], grads[1][:, c:d], grads[2][:, c:d] = (part[0] for part in parts)
     return grads

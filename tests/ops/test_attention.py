@@ -54,7 +54,9 @@ class Case:
 def lay_out(shape: tuple[int, ...], layout: str) -> Tensor:
     """Random numbers in float64 with strides that users have."""
     if layout == "heads last":  # (..., S, H, D) in memory
-        return torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1], dtype=torch.float64).transpose(-3, -2)
+        return torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1], dtype=torch.float64).transpose(
+            -3, -2
+        )
     if layout == "strided":  # every second number of the last dimension
         return torch.randn(*shape[:-1], 2 * shape[-1], dtype=torch.float64)[..., ::2]
     if layout == "cut out":  # unaligned rows inside a larger tensor
@@ -104,7 +106,10 @@ Results = dict[str, Tensor]
 
 
 def differentiate(
-    attention: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], weights: tuple[Tensor, Tensor], **options: Any
+    attention: Callable[..., tuple[Tensor, Tensor]],
+    tensors: list[Tensor],
+    weights: tuple[Tensor, Tensor],
+    **options: Any,
 ) -> Results:
     """out, lse and the gradients of <weights, (out, lse)>; rows with lse -inf carry no weight."""
     q, k, v = (t.detach().requires_grad_() for t in tensors)
@@ -119,19 +124,26 @@ def differentiate(
     return {"out": out, "lse": lse, "grad_q": grads[0], "grad_k": grads[1], "grad_v": grads[2]}
 
 
+def with_lse(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return effkern.attention(*args, return_lse=True, **options)
+
+
 def make(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     shapes = case.shapes
-    tensors = [lay_out(s, layout).to(dtype).to(device) for s, layout in zip(shapes, case.layout, strict=False)]
+    tensors = [
+        lay_out(s, layout).to(dtype).to(device) for s, layout in zip(shapes, case.layout, strict=False)
+    ]
     out_shape = (*shapes[0][:-1], case.dv)
-    return tensors, (lay_out(out_shape, case.layout[3]).to(dtype).to(device), torch.randn(shapes[0][:-1]).to(device))
+    return tensors, (
+        lay_out(out_shape, case.layout[3]).to(dtype).to(device),
+        torch.randn(shapes[0][:-1]).to(device),
+    )
 
 
 def check(case: Case, dtype: torch.dtype, route: Any) -> None:
     tensors, weights = make(case, dtype, route.device)
     options = case.options(route.device)
-    ours = differentiate(
-        lambda *a, **o: effkern.attention(*a, return_lse=True, **o), tensors, weights, **options
-    )
+    ours = differentiate(with_lse, tensors, weights, **options)
     if min(t.numel() for t in tensors) > 0:
         route.check("attention_backward" if route.unit != "cuda" else "attention", dtype)
     baseline = differentiate(composition, tensors, weights, **options)
@@ -140,7 +152,9 @@ def check(case: Case, dtype: torch.dtype, route: Any) -> None:
         assert result.dtype == (torch.float32 if name == "lse" else dtype)
         assert result.is_contiguous() or name.startswith("grad")
         # A weight carries the rounding of its score; dQ and dK are differences of sums of Dv products as well.
-        unit = max(1.0, case.d**0.5 * abs(case.scale or 0.0)) * (case.dv**0.5 if name in ("grad_q", "grad_k") else 1.0)
+        unit = max(1.0, case.d**0.5 * abs(case.scale or 0.0)) * (
+            case.dv**0.5 if name in ("grad_q", "grad_k") else 1.0
+        )
         what = f"{name} of {case} in {dtype}"
         assert_close_to_oracle(result, baseline[name], oracle[name], what, unit=unit)
 
@@ -217,7 +231,10 @@ def cases(draw: st.DrawFn) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(case=cases(), seed=st.integers(0, 2**31), count=st.sampled_from([1, 1, 2]))
 def test_any_shape(
@@ -241,9 +258,7 @@ def test_gradients_of_long_bfloat16_are_nearly_rounded_once(size: int, causal: b
         return out, q.new_zeros(q.shape[:-1]) + 0.0 * q.sum(-1)
 
     options = case.options(route.device)
-    ours = differentiate(
-        lambda *a, **o: effkern.attention(*a, return_lse=True, **o), tensors, weights, **options
-    )
+    ours = differentiate(with_lse, tensors, weights, **options)
     theirs = differentiate(sdpa, tensors, weights, **options)
     oracle = differentiate(reference.attention, [t.double() for t in tensors], weights, **options)
     for name in ("grad_k", "grad_v"):
@@ -254,15 +269,15 @@ def test_gradients_of_long_bfloat16_are_nearly_rounded_once(size: int, causal: b
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_same_bits_every_time(causal: bool, dtype: torch.dtype, route: Any, threads: Callable[[int], None]) -> None:
+def test_same_bits_every_time(
+    causal: bool, dtype: torch.dtype, route: Any, threads: Callable[[int], None]
+) -> None:
     case = Case(b=2, hq=4, hkv=2, sq=200, sk=333, d=48, dv=40, causal=causal)
     tensors, weights = make(case, dtype, route.device)
     first: Results | None = None
     for count in (1, 2, 2, 2, 2, 2, 1):
         threads(count)
-        results = differentiate(
-            lambda *a, **o: effkern.attention(*a, return_lse=True, **o), tensors, weights, **case.options(route.device)
-        )
+        results = differentiate(with_lse, tensors, weights, **case.options(route.device))
         first = first or results
         for name, result in results.items():
             assert torch.equal(result, first[name]), f"{name} differs with {count} threads"
@@ -274,7 +289,7 @@ def test_same_bits_every_time(causal: bool, dtype: torch.dtype, route: Any, thre
 def test_reference_gradients(sizes: tuple[int, int], align: str, causal: bool) -> None:
     """First and second derivatives by finite differences, then the closed form against autograd."""
     case = Case(b=1, hq=2, hkv=1, sq=sizes[0], sk=sizes[1], d=3, dv=2, causal=causal, align=align)
-    tensors, weights = make(case, torch.float64, "cpu")
+    tensors, _ = make(case, torch.float64, "cpu")
     leaves = [t.requires_grad_() for t in tensors]
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
