@@ -84,7 +84,8 @@ static void pack_queries(const QueryPack& t) {
   }
 }
 
-// P^T = 2^(factor S^T - lse) and dS^T = P^T (dP^T - delta), for `padded` keys of which `count` are real.
+// P^T = 2^(factor S^T - lse) and dS^T = P^T (dP^T - delta). A weight is at most 1: for huge scores, where the fp32
+// lse is coarse, the bound keeps rounding from turning into infinity.
 template <class Engine>
 static void probabilities_and_gradient(const float* s, const float* grad_p, int64_t padded, int64_t lanes, float factor,
                                        const QueryBlock& block, const typename Engine::Gradients& gradients) {
@@ -93,8 +94,8 @@ static void probabilities_and_gradient(const float* s, const float* grad_p, int6
     const Vec offset = vsub(vzero(), lse);
     for (int64_t key = 0; key < padded; key += 2) {
       const int64_t at = key * lanes + lane;
-      const Vec even = vexp2(vfma(vload(s + at), vset(factor), offset));
-      const Vec odd = vexp2(vfma(vload(s + at + lanes), vset(factor), offset));
+      const Vec even = vexp2(vmin(vzero(), vfma(vload(s + at), vset(factor), offset)));
+      const Vec odd = vexp2(vmin(vzero(), vfma(vload(s + at + lanes), vset(factor), offset)));
       const Vec grad_even = vmul(even, vsub(vload(grad_p + at), delta));
       const Vec grad_odd = vmul(odd, vsub(vload(grad_p + at + lanes), delta));
       Engine::store_gradient_pair(gradients, lanes, key, lane, even, odd, grad_even, grad_odd);

@@ -16,7 +16,7 @@ using attention::Rows;
 using attention::Window;
 
 constexpr int64_t kMaxQueryTile = 128;
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.44269504088896341f;
 
 // Scores are |scale| log2(e) S, on a query tile whose sign carries that of the scale: then larger S means larger
 // weight, and the maximum can be taken before scaling. A zero scale keeps a factor whose product with any score
@@ -53,18 +53,39 @@ EFFKERN_INLINE void fill_rows(float* s, int64_t lanes, int64_t begin, int64_t en
   for (int64_t i = begin * lanes; i < end * lanes; i += kLanes) vstore(s + i, vset(value));
 }
 
-// Running state of the online softmax, in units of log2: the reference point, and the sum of 2^(score - reference).
-// The reference trails the true maximum by up to kSlack, so that most tiles need no rescaling of the output; sums
-// grow by at most 2^kSlack, far from the end of the fp32 range.
+// Running state of the online softmax: a reference score, and the sum of 2^(factor (score - reference)).
+// The reference trails the true maximum by up to 2^kSlack in weight, so that most tiles need no rescaling of the
+// output; sums grow by at most 2^kSlack, far from the end of the fp32 range.
 struct SoftmaxState {
   float reference[kMaxQueryTile];
   float sum[kMaxQueryTile];
 };
 constexpr float kSlack = 8.0f;
 
+// Beyond this, half an ulp of factor * reference is no longer small against 1, and a fused multiply-add would not
+// give the best key exactly weight 1.
+constexpr float kFusedLimit = 1 << 18;
+
+// One vector of lanes, all keys: scores to weights. Returns their sum.
+template <class Engine, bool kFused>
+EFFKERN_INLINE Vec weigh_keys(const float* s, typename Engine::Packed* probabilities, int64_t padded, int64_t lanes,
+                              int64_t lane, Vec factor, Vec reference) {
+  const Vec offset = vsub(vzero(), vmul(factor, reference));
+  Vec sum0 = vzero(), sum1 = vzero();
+  for (int64_t key = 0; key < padded; key += 2) {
+    const Vec s0 = vload(s + key * lanes + lane), s1 = vload(s + (key + 1) * lanes + lane);
+    const Vec even = vexp2(kFused ? vfma(s0, factor, offset) : vmul(vsub(s0, reference), factor));
+    const Vec odd = vexp2(kFused ? vfma(s1, factor, offset) : vmul(vsub(s1, reference), factor));
+    sum0 = vadd(sum0, even);
+    sum1 = vadd(sum1, odd);
+    Engine::store_pair(probabilities, lanes, key, lane, even, odd);
+  }
+  return vadd(sum0, sum1);
+}
+
 template <class Engine>
 static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64_t count, int64_t padded, int64_t lanes,
-                         float factor, bool first, int64_t value_dim, float* o, SoftmaxState* state) {
+                         Vec factor, bool first, int64_t value_dim, float* o, SoftmaxState* state) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     Vec top0 = vset(-INFINITY), top1 = top0;
     int64_t key = 0;
@@ -73,28 +94,24 @@ static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64
       top1 = vmax(vload(s + (key + 1) * lanes + lane), top1);
     }
     if (key < count) top0 = vmax(vload(s + key * lanes + lane), top0);
-    const Vec top = vmul(vmax(top0, top1), vset(factor));
+    const Vec top = vmax(top0, top1);
 
     Vec reference = vload(state->reference + lane), sum = vload(state->sum + lane);
-    if (any_greater(top, vadd(reference, vset(kSlack)))) {
+    if (any_greater(vmul(vsub(top, reference), factor), vset(kSlack))) {
       const Vec raised = vmax(top, reference);
-      const Vec keep = vexp2(vsub(reference, replace_minus_infinity(raised, vzero())));
+      const Vec keep = vexp2(vmul(vsub(reference, replace_minus_infinity(raised, vzero())), factor));
       reference = raised;
       sum = vmul(sum, keep);
       vstore(state->reference + lane, reference);
       if (!first)
         for (int64_t d = 0; d < value_dim; ++d) vstore(o + d * lanes + lane, vmul(vload(o + d * lanes + lane), keep));
     }
-    const Vec offset = vsub(vzero(), replace_minus_infinity(reference, vzero()));
-    Vec sum1 = vzero();
-    for (key = 0; key < padded; key += 2) {
-      const Vec even = vexp2(vfma(vload(s + key * lanes + lane), vset(factor), offset));
-      const Vec odd = vexp2(vfma(vload(s + (key + 1) * lanes + lane), vset(factor), offset));
-      sum = vadd(sum, even);
-      sum1 = vadd(sum1, odd);
-      Engine::store_pair(probabilities, lanes, key, lane, even, odd);
-    }
-    vstore(state->sum + lane, vadd(sum, sum1));
+    const Vec base = replace_minus_infinity(reference, vzero());  // a row that has seen no key yet
+    const Vec scaled = vmul(base, factor);
+    const bool fused = !any_greater(vmax(scaled, vsub(vzero(), scaled)), vset(kFusedLimit));
+    const Vec added = fused ? weigh_keys<Engine, true>(s, probabilities, padded, lanes, lane, factor, base)
+                            : weigh_keys<Engine, false>(s, probabilities, padded, lanes, lane, factor, base);
+    vstore(state->sum + lane, vadd(sum, added));
   }
 }
 
@@ -136,7 +153,7 @@ static void finish_forward(const ForwardTile& t, int64_t lanes, const float* o, 
     inverse[lane] = empty ? 0.0f : 1.0f / state.sum[lane];
     if (lane < t.queries) {
       const float reference = state.reference[lane] == -INFINITY ? 0.0f : state.reference[lane];
-      t.lse[lane] = empty ? -INFINITY : reference * kLn2 + logf(state.sum[lane]);
+      t.lse[lane] = empty ? -INFINITY : reference * fabsf(t.problem.scale) + logf(state.sum[lane]);
     }
   }
   unpack_transposed(o, lanes, inverse, 1.0f, t.queries, t.problem.value_dim,
@@ -151,7 +168,7 @@ static void forward_tile(const ForwardTile& t) {
   ForwardScratch scratch;
   forward_layout<Engine>(p, static_cast<char*>(t.scratch), &scratch);
   const int64_t lanes = round_up(t.queries, Engine::kLaneMultiple);
-  const float factor = exponent_factor(p.scale);
+  const Vec factor = vset(exponent_factor(p.scale));
   const typename Engine::Keys keys(p, t.k, t.v, t.packed_keys, t.window.keys);
   Engine::pack_query_operand(t.q, t.queries, p.head_dim, lanes, p.scale < 0, scratch.query);
 

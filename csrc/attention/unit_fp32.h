@@ -9,12 +9,9 @@ namespace EFFKERN_UNIT {
 
 static const attention::Kernels& kernels_for(attention::Dtype dtype) {
   switch (dtype) {
-    case attention::Dtype::bf16:
-      return KernelTable<EngineFp32<Bf16>>::value;
-    case attention::Dtype::fp16:
-      return KernelTable<EngineFp32<Fp16>>::value;
-    default:
-      return KernelTable<EngineFp32<float>>::value;
+    case attention::Dtype::bf16: return KernelTable<EngineFp32<Bf16>>::value;
+    case attention::Dtype::fp16: return KernelTable<EngineFp32<Fp16>>::value;
+    default: return KernelTable<EngineFp32<float>>::value;
   }
 }
 

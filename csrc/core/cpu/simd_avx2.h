@@ -12,8 +12,9 @@ EFFKERN_INLINE Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-// Where either is NaN the second argument is returned: keep a running maximum second.
+// Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 

@@ -19,8 +19,9 @@ EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
 EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return a * b; }
 EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 EFFKERN_INLINE Vec vselect(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no)); }
-// Where either is NaN the second argument is returned: keep a running maximum second.
+// Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return vselect(a > b, a, b); }
+EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return vselect(a < b, a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
   const VecInt m = a > b;
