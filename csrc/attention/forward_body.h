@@ -63,19 +63,26 @@ struct SoftmaxState {
 constexpr float kSlack = 8.0f;
 
 // Beyond this, half an ulp of factor * reference is no longer small against 1, and a fused multiply-add would not
-// give the best key exactly weight 1.
+// give the best key exactly weight 1. Decided lane by lane: no row's bits depend on its neighbours.
 constexpr float kFusedLimit = 1 << 18;
+
+template <bool kFused>
+EFFKERN_INLINE Vec exponent(Vec score, Vec factor, Vec reference, Vec offset, Vec size) {
+  const Vec fused = vfma(score, factor, offset);
+  if (kFused) return fused;
+  return select_greater(size, vset(kFusedLimit), vmul(vsub(score, reference), factor), fused);
+}
 
 // One vector of lanes, all keys: scores to weights. Returns their sum.
 template <class Engine, bool kFused>
 EFFKERN_INLINE Vec weigh_keys(const float* s, typename Engine::Packed* probabilities, int64_t padded, int64_t lanes,
                               int64_t lane, Vec factor, Vec reference) {
-  const Vec offset = vsub(vzero(), vmul(factor, reference));
+  const Vec offset = vsub(vzero(), vmul(factor, reference)), size = vmax(offset, vsub(vzero(), offset));
   Vec sum0 = vzero(), sum1 = vzero();
   for (int64_t key = 0; key < padded; key += 2) {
     const Vec s0 = vload(s + key * lanes + lane), s1 = vload(s + (key + 1) * lanes + lane);
-    const Vec even = vexp2(kFused ? vfma(s0, factor, offset) : vmul(vsub(s0, reference), factor));
-    const Vec odd = vexp2(kFused ? vfma(s1, factor, offset) : vmul(vsub(s1, reference), factor));
+    const Vec even = vexp2(exponent<kFused>(s0, factor, reference, offset, size));
+    const Vec odd = vexp2(exponent<kFused>(s1, factor, reference, offset, size));
     sum0 = vadd(sum0, even);
     sum1 = vadd(sum1, odd);
     Engine::store_pair(probabilities, lanes, key, lane, even, odd);
@@ -97,9 +104,10 @@ static void softmax_tile(float* s, typename Engine::Packed* probabilities, int64
     const Vec top = vmax(top0, top1);
 
     Vec reference = vload(state->reference + lane), sum = vload(state->sum + lane);
-    if (any_greater(vmul(vsub(top, reference), factor), vset(kSlack))) {
-      const Vec raised = vmax(top, reference);
-      const Vec keep = vexp2(vmul(vsub(reference, replace_minus_infinity(raised, vzero())), factor));
+    const Vec rise = vmul(vsub(top, reference), factor);
+    if (any_greater(rise, vset(kSlack))) {
+      const Vec raised = select_greater(rise, vset(kSlack), top, reference);
+      const Vec keep = select_greater(rise, vset(kSlack), vexp2(vmul(vsub(reference, raised), factor)), vset(1.0f));
       reference = raised;
       sum = vmul(sum, keep);
       vstore(state->reference + lane, reference);

@@ -18,6 +18,11 @@ EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 
+// yes in lanes where a > b, else no.
+EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
 // x in lanes where low <= position < high, else minus infinity.
 EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
   const Vec inside = _mm256_and_ps(_mm256_cmp_ps(low, position, _CMP_LE_OQ), _mm256_cmp_ps(position, high, _CMP_LT_OQ));

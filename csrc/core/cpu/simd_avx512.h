@@ -18,6 +18,11 @@ EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
+// yes in lanes where a > b, else no.
+EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+}
+
 // x in lanes where low <= position < high, else minus infinity.
 EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
   const __mmask16 inside =

@@ -28,6 +28,9 @@ EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
   return (m[0] | m[1] | m[2] | m[3]) != 0;
 }
 
+// yes in lanes where a > b, else no.
+EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) { return vselect(a > b, yes, no); }
+
 // x in lanes where low <= position < high, else minus infinity.
 EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
   return vselect((low <= position) & (position < high), x, vset(-INFINITY));
