@@ -30,6 +30,28 @@ class Options:
     end_to_end_steps: int | None = None
     seconds: float = 1.2  # of timing, a pass
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        full: bool,
+        families: Sequence[str],
+        pattern: str | None,
+        backends: Sequence[str],
+        threads: int | None,
+        end_to_end: bool | None,
+    ) -> Options:
+        """What the command line means: the training is part of a run unless cases are picked by name."""
+        return cls(
+            full=full,
+            families=tuple(families),
+            pattern=pattern,
+            backends=tuple(backends),
+            threads=threads,
+            end_to_end=pattern is None if end_to_end is None else end_to_end,
+            seconds=4.0 if full else 1.2,
+        )
+
 
 @dataclass
 class Listener:

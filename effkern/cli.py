@@ -39,16 +39,13 @@ def bench(
 
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
-    if end_to_end is None:
-        end_to_end = case is None
-    options = runner.Options(
+    options = runner.Options.of(
         full=full,
-        families=tuple(family or ()),
+        families=family or (),
         pattern=case,
-        backends=tuple(backend or ()),
+        backends=backend or (),
         threads=threads,
         end_to_end=end_to_end,
-        seconds=4.0 if full else 1.2,
     )
     try:
         code = command.execute(options, out=out, against=compare, plot=plot, as_json=json_)

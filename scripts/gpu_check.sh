@@ -93,7 +93,7 @@ sanitize_stage() {
 
 bench_stage() {
   cd "$site" || return 1
-  run "bench${family:+ $family}" "$python" -c 'from effkern.cli import main; main()' bench --full ${family:+--family "$family"} --out "$out"
+  run "bench${family:+ $family}" "$python" -m effkern.bench --full ${family:+--family "$family"} --out "$out"
 }
 
 case "$stage" in
