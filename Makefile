@@ -54,7 +54,7 @@ typing: $(READY)
 	@# mypy sees the package as it is installed: bench/ and triton_kernels/ inside effkern/
 	@rm -rf build/typing && mkdir -p build/typing && cp -rs "$(CURDIR)/effkern" build/typing/effkern
 	@cp -rs "$(CURDIR)/bench" build/typing/effkern/bench && cp -rs "$(CURDIR)/triton_kernels" build/typing/effkern/_triton
-	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p effkern
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir /dev/null -p effkern
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only -q .

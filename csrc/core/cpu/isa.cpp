@@ -96,16 +96,11 @@ bool available([[maybe_unused]] Isa level) {
   const bool avx2 = c.os_avx && c.avx2 && c.fma && c.f16c;
   const bool avx512 = avx2 && c.os_avx512 && c.avx512f && c.avx512bw && c.avx512dq && c.avx512vl;
   switch (level) {
-    case Isa::scalar:
-      return true;
-    case Isa::avx2:
-      return avx2;
-    case Isa::avx512:
-      return avx512;
-    case Isa::avx512_bf16:
-      return avx512 && c.avx512_bf16;
-    case Isa::amx:
-      return avx512 && c.avx512_bf16 && c.amx_permission;
+    case Isa::scalar: return true;
+    case Isa::avx2: return avx2;
+    case Isa::avx512: return avx512;
+    case Isa::avx512_bf16: return avx512 && c.avx512_bf16;
+    case Isa::amx: return avx512 && c.avx512_bf16 && c.amx_permission;
   }
   return false;
 #endif

@@ -34,7 +34,8 @@ struct LaneCursor {
   uint32_t row_address, chunk_bytes;
 
   EFFKERN_DEVICE LaneCursor(Tile tile, Coordinate start)  // the column counts chunks
-      : row_address(tile.address + start.row * Tile::kRowBytes), chunk_bytes((start.column ^ (start.row & 7)) * 16) {}
+      : row_address(tile.address + start.row * Tile::kRowBytes),
+        chunk_bytes((start.column ^ (start.row & 7)) * 16) {}
 
   // `chunks` must have no bit in common with the starting chunk.
   EFFKERN_DEVICE uint32_t at(int rows, int chunks) const {
