@@ -254,7 +254,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, 
     reads = {"q": problem.q, "k": problem.k, "v": problem.v, "g": g}
     block = 16 if problem.arch == 0 else 64
     with problem.device():
-        kernels.attention_delta_kernel[(triton.cdiv(problem.sq, block), lines)](
+        kernels.attention_delta_kernel[(triton.cdiv(problem.sq, block) * lines,)](
             g, None if grad_lse is None else grad_lse.contiguous(), o, lse.contiguous(), stats,
             *g.stride()[:3], *o.stride()[:3], problem.sq, problem.heads,
             DV=problem.value_dim, BLOCK_DV=padded(problem.value_dim), BLOCK_M=block,

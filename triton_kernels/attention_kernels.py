@@ -100,8 +100,10 @@ def attention_delta_kernel(grad_out, grad_lse, out, lse, stats, gb, gh, gs, ob, 
 
     A row that saw no key gets +inf and 0, so that P and dS are 0 there.
     """
-    row = tl.program_id(0) * BLOCK_M
-    line = tl.program_id(1)
+    # One grid axis: a second one would end at 65535 heads.
+    blocks = tl.cdiv(sq, BLOCK_M)
+    row = tl.program_id(0) % blocks * BLOCK_M
+    line = tl.program_id(0) // blocks
     batch = line // heads
     head = line % heads
     rows = row + tl.arange(0, BLOCK_M)
