@@ -33,7 +33,7 @@ template <class Product, int kRows, int kVectors, bool kAccumulate>
 EFFKERN_INLINE void gemm_micro(int64_t depth, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   Vec sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAccumulate ? vload(c + r * ldc + v * kLanes) : vzero();
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = vzero();
   const float* p = a.data;
   for (int64_t d = 0; d < depth; ++d, p += a.depth, b += ldb) {
     Vec row[kVectors];
@@ -44,7 +44,11 @@ EFFKERN_INLINE void gemm_micro(int64_t depth, Strided a, const float* b, int64_t
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) vstore(c + r * ldc + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* target = c + r * ldc + v * kLanes;
+      // Added at the end, not the start: a long sum over many tiles then rounds once a tile at its full size.
+      vstore(target, kAccumulate ? vadd(vload(target), sum[r][v]) : sum[r][v]);
+    }
 }
 
 // All rows of one panel of kVectors vectors; what is left below kRows goes through ever smaller micro-tiles.
