@@ -159,7 +159,8 @@ def summed_sizes(
     scale = case.d**-0.5 if case.scale is None else abs(case.scale)
     score = max(1.0, scale * case.d**0.5)  # a weight carries the rounding of its score
     # Eight: the roundings of a sum partly cancel. The half dtypes take a shorter polynomial for the exponential.
-    difference = scale * (weights[0].double().norm(dim=-1).max() * v.norm(dim=-1).max()).item() / 8
+    products = (weights[0].double().norm(dim=-1).max() * v.norm(dim=-1).max()).item()
+    difference = scale * (1.0 + products / 8)  # 1 for the gradient of lse
     ones = torch.ones_like(weights[0]), torch.zeros_like(weights[1])
     column = differentiate(reference.attention, [q, k, v], ones, **options)["grad_v"].max().item()
     return {
