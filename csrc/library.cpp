@@ -1,21 +1,22 @@
 // The catalogue: every op of effkern, one schema each. Kernels register themselves beside their code.
 #include <torch/csrc/stable/library.h>
 
+// What a call of attention may carry beside q, k and v: geometry, mask terms (effkern/masks.py), score terms, dropout.
+#define ATTENTION_OPTIONS                                                                                             \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float? scale=None, bool causal=False, bool top_left=False, " \
+  "int[] bands=[], int[] groups=[], Tensor? layout=None, int block=0, Tensor? ids=None, Tensor? visible=None, "       \
+  "Tensor? bias=None, float softcap=0.0, Tensor? sink_logits=None, Tensor? alibi_slopes=None, float dropout_p=0.0, "  \
+  "Tensor? dropout_seed=None"
+#define ATTENTION_FORWARD "(Tensor q, Tensor k, Tensor v, " ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse)"
+#define ATTENTION_BACKWARD                                                                                       \
+  "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " ATTENTION_OPTIONS \
+  ", bool bias_grad=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor delta)"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "float? scale=None, bool causal=False, bool top_left=False) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float? scale=None, bool causal=False, "
-      "bool top_left=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  m.def(
-      "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "float? scale=None, bool causal=False, bool top_left=False) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_triton_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float? scale=None, bool causal=False, "
-      "bool top_left=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("attention" ATTENTION_FORWARD);
+  m.def("attention_backward" ATTENTION_BACKWARD);
+  m.def("attention_triton" ATTENTION_FORWARD);
+  m.def("attention_triton_backward" ATTENTION_BACKWARD);
   m.def(
       "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "float? scale=None, bool causal=False, bool top_left=False) -> (Tensor out, Tensor lse)");

@@ -145,7 +145,15 @@ void pack_key_block(const Kernels& kernels, const Problem& problem, const std::v
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                          std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-                                         std::optional<double> scale, bool causal, bool top_left) {
+                                         std::optional<double> scale, bool causal, bool top_left,
+                                         std::vector<int64_t> bands, std::vector<int64_t> groups,
+                                         std::optional<Tensor> layout, int64_t, std::optional<Tensor> ids,
+                                         std::optional<Tensor> visible, std::optional<Tensor> bias, double softcap,
+                                         std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes,
+                                         double dropout_p, std::optional<Tensor>) {
+  EFFKERN_CHECK(bands.empty() && groups.empty() && !layout && !ids && !visible && !bias && softcap == 0 &&
+                    !sink_logits && !alibi_slopes && dropout_p == 0,
+                "attention: options not implemented yet");
   const Geometry g = check_arguments(q_in, k_in, v_in, cu_seqlens_q, cu_seqlens_k, scale);
   const std::vector<Sequence> sequences = read_sequences(g, cu_seqlens_q, cu_seqlens_k);
   const Kernels& kernels = select_kernels(q_in.scalar_type());
@@ -221,12 +229,17 @@ void check_backward_arguments(const Geometry& g, const Tensor& q, const Tensor& 
   if (grad_lse) check("grad_lse", *grad_lse, g.lse_shape(), ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out_in, std::optional<Tensor> grad_lse_in,
-                                                          const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                                          const Tensor& out_in, const Tensor& lse_in,
-                                                          std::optional<Tensor> cu_seqlens_q,
-                                                          std::optional<Tensor> cu_seqlens_k,
-                                                          std::optional<double> scale, bool causal, bool top_left) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad_out_in, std::optional<Tensor> grad_lse_in, const Tensor& q_in, const Tensor& k_in,
+    const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in, std::optional<Tensor> cu_seqlens_q,
+    std::optional<Tensor> cu_seqlens_k, std::optional<double> scale, bool causal, bool top_left,
+    std::vector<int64_t> bands, std::vector<int64_t> groups, std::optional<Tensor> layout, int64_t,
+    std::optional<Tensor> ids, std::optional<Tensor> visible, std::optional<Tensor> bias, double softcap,
+    std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes, double dropout_p, std::optional<Tensor>,
+    bool bias_grad) {
+  EFFKERN_CHECK(bands.empty() && groups.empty() && !layout && !ids && !visible && !bias && softcap == 0 &&
+                    !sink_logits && !alibi_slopes && dropout_p == 0 && !bias_grad,
+                "attention: options not implemented yet");
   const Geometry g = check_arguments(q_in, k_in, v_in, cu_seqlens_q, cu_seqlens_k, scale);
   check_backward_arguments(g, q_in, grad_out_in, grad_lse_in, out_in, lse_in);
   const std::vector<Sequence> sequences = read_sequences(g, cu_seqlens_q, cu_seqlens_k);
@@ -333,7 +346,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out
       kernels.backward(t);
     });
   }
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, empty_like_shape(q, {0}, ScalarType::Float),
+          torch::stable::new_empty(lse, lse.sizes())};
 }
 
 }  // namespace
