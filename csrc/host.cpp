@@ -32,20 +32,35 @@ std::map<std::string, bool> cpu_features() {
 using TileRow = std::vector<std::tuple<int64_t, int64_t, bool>>;
 
 std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool causal, bool top_left, int64_t query_tile,
-                                         int64_t key_tile) {
+                                         int64_t key_tile, const std::vector<int64_t>& bands,
+                                         const std::vector<int64_t>& groups) {
   if (queries < 0 || keys < 0) throw py::value_error("attention_tile_plan: sq and sk must not be negative");
   if (query_tile < 1 || key_tile < 1) throw py::value_error("attention_tile_plan: tiles must be at least 1");
-  effkern::attention::Window window{};
-  window.keys = keys;
-  window.shift = top_left ? 0 : keys - queries;
-  window.causal = causal;
-  const auto lists = effkern::attention::key_run_lists(window, queries, query_tile, key_tile);
+  if (bands.size() % 3 != 0) throw py::value_error("attention_tile_plan: bands must hold triples (left, right, sink)");
+  std::vector<effkern::attention::Band> band_terms;
+  for (size_t i = 0; i < bands.size(); i += 3) band_terms.push_back({bands[i], bands[i + 1], bands[i + 2]});
+  if (causal) band_terms.push_back({int64_t{1} << 30, 0, 0});
+  std::vector<effkern::attention::Groups> group_terms;
+  for (int64_t size : groups) {
+    if (size < 1) throw py::value_error("attention_tile_plan: groups must be at least 1");
+    group_terms.push_back({size, 0});
+  }
+  effkern::attention::Mask mask{};
+  mask.keys = keys;
+  mask.shift = top_left ? 0 : keys - queries;
+  mask.bands = band_terms.data();
+  mask.band_count = static_cast<int64_t>(band_terms.size());
+  mask.groups = group_terms.data();
+  mask.groups_count = static_cast<int64_t>(group_terms.size());
+  const auto lists = effkern::attention::key_run_lists(mask, queries, query_tile, {key_tile, 1});
   std::vector<TileRow> plan(lists.first.size() - 1);
   for (size_t row = 0; row < plan.size(); ++row) {
     for (int64_t entry = lists.first[row]; entry < lists.first[row + 1]; ++entry) {
       const auto& run = lists.entries[entry];
-      for (int64_t key = run.begin; key < run.end; key += key_tile)
-        plan[row].emplace_back(key, std::min(key + key_tile, run.end), run.partial != 0);
+      for (int64_t key = run.begin, end; key < run.end; key = end) {
+        end = std::min((key / key_tile + 1) * key_tile, run.end);
+        plan[row].emplace_back(key, end, run.partial != 0);
+      }
     }
   }
   return plan;
@@ -65,6 +80,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("trace_last", &effkern::trace_last, "Path that ran last, such as 'attention:cpu/avx2'; '' before the first.");
   m.def("trace_record", &effkern::trace_record_copy, py::arg("path"), "Records a path that runs in Python.");
   m.def("attention_tile_plan", &attention_tile_plan, py::arg("sq"), py::arg("sk"), py::arg("causal"),
-        py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"),
-        "Key tiles each query tile visits: (begin, end, partial).");
+        py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"), py::arg("bands") = std::vector<int64_t>{},
+        py::arg("groups") = std::vector<int64_t>{},
+        "Key tiles each query tile visits: (begin, end, partial), for the first head.");
 }

@@ -34,6 +34,8 @@ struct EngineBf16 {
   static constexpr int64_t kKeyTile = 128;
   static constexpr int64_t kBackwardQueryTile = 64;
   static constexpr int64_t kBackwardKeyTile = 64;
+  static constexpr int64_t kMostQueries = 64;
+  static constexpr int64_t kKeyGranule = 32;   // where a run of keys may begin
   static constexpr int64_t kKeyMultiple = 32;  // depth of one product
   static constexpr int64_t kLaneMultiple = 32;
 
@@ -52,6 +54,11 @@ struct EngineBf16 {
       rows_v = transposed + padded * padded_dim(backward ? p.head_dim : p.value_dim);
       const int64_t v_elements = backward ? padded * padded_depth(p.value_dim) : 0;
       bytes = ((rows_v - rows_k) + v_elements) * static_cast<int64_t>(sizeof(Bf16));
+    }
+
+    // The transposed columns from `key` on, up to the end of the tile that holds it.
+    const Bf16* transposed_tile(int64_t key, int64_t height, int64_t tile) const {
+      return transposed + key / tile * tile * height + key % tile;
     }
   };
 
@@ -117,8 +124,9 @@ struct EngineBf16 {
   static void add_values(const Problem& p, const Keys& keys, int64_t begin, int64_t count, const Bf16* probabilities,
                          int64_t lanes, float* o) {
     const int64_t height = padded_dim(p.value_dim);
-    gemm_bf16<kAccumulate>(height, lanes, round_up(count, kKeyMultiple), keys.layout.transposed + begin * height,
-                           kKeyTile, probabilities, lanes, o, lanes);
+    gemm_bf16<kAccumulate>(height, lanes, round_up(count, kKeyMultiple),
+                           keys.layout.transposed_tile(begin, height, kKeyTile), kKeyTile, probabilities, lanes, o,
+                           lanes);
   }
 
   // --- backward ----------------------------------------------------------------------------------------------
@@ -187,8 +195,9 @@ struct EngineBf16 {
     }
     template <bool kAccumulate>
     void add_to_queries(const Gradients& gradients, int64_t lanes, float* grad_query) const {
-      gemm_bf16<kAccumulate>(height, lanes, round_up(count, kKeyMultiple), layout.transposed + begin * height,
-                             kBackwardKeyTile, gradients.ds_pairs, lanes, grad_query, lanes);
+      gemm_bf16<kAccumulate>(height, lanes, round_up(count, kKeyMultiple),
+                             layout.transposed_tile(begin, height, kBackwardKeyTile), kBackwardKeyTile,
+                             gradients.ds_pairs, lanes, grad_query, lanes);
     }
   };
 };

@@ -26,6 +26,8 @@ struct EngineFp32 {
   static constexpr int64_t kKeyTile = 64;
   static constexpr int64_t kBackwardQueryTile = kQueryTile;
   static constexpr int64_t kBackwardKeyTile = 64;
+  static constexpr int64_t kMostQueries = 64;
+  static constexpr int64_t kKeyGranule = 16;  // where a run of keys may begin
   static constexpr int64_t kKeyMultiple = 2;  // rows of S^T are finished in pairs
   static constexpr int64_t kLaneMultiple = kLanes;
   static constexpr bool kDirect = sizeof(T) == sizeof(float);

@@ -1,16 +1,15 @@
 // What passes between the attention op (torch side) and the ISA units (raw pointers only).
 #pragma once
 
-#include <stdint.h>
+#include "attention/mask.h"
 
 namespace effkern {
 namespace attention {
 
-enum class Dtype : int { fp32, bf16, fp16 };
-
 struct Problem {
   int64_t head_dim, value_dim;
   float scale;
+  bool terms;  // scores have terms or weights are dropped: kernels need scratch for them
 };
 
 // A matrix with unit stride along its columns. The stride counts elements.
@@ -19,17 +18,11 @@ struct Rows {
   int64_t stride;
 };
 
-// Which keys query i sees: [0, keys), and with `causal` no further than key i + shift.
-struct Window {
-  int64_t keys, shift;
-  bool causal;
-};
-
-// A run of key tiles that a query tile visits one after the other: keys [begin, end), begin a multiple of the key tile.
+// A run of keys [begin, end) that a query tile visits tile by tile, begin a multiple of the unit's key granule.
 // Runs keep a list short (two entries for causal) however long the sequence.
 struct KeyRun {
   int64_t begin, end;
-  int32_t first_rank;  // key tiles in the runs before
+  int32_t first_rank;  // key tiles in the runs before, where all runs begin and end with a tile
   int32_t partial;     // 1: some (query, key) pair inside is masked, so its tiles need the mask
 };
 
@@ -54,7 +47,8 @@ struct ForwardTile {
   Rows q;               // first row of the tile
   int64_t queries;      // rows in the tile
   int64_t first_query;  // its index within the sequence
-  Window window;
+  const Mask* mask;
+  const Terms* terms;
   Rows k, v;  // the whole sequence
   const void* packed_keys;
   const KeyRun* runs;
@@ -70,8 +64,21 @@ struct QueryPack {
   Rows q, grad_out, out;
   const float* lse;
   const float* grad_lse;  // may be null
-  int64_t queries;
+  int64_t queries, query_tile;
+  float* delta;  // out: rowsum(dO O) - dLSE
   void* packed;
+};
+
+// One query head of the backward pass.
+struct BackwardHead {
+  const Mask* mask;
+  const Terms* terms;
+  // By key tile, the query tiles that visit it.
+  const QueryRun* query_runs;
+  const int64_t* query_runs_first;
+  // By query tile, the keys it visits: they fix the order in which key tiles add to a query gradient.
+  const KeyRun* key_runs;
+  const int64_t* key_runs_first;
 };
 
 // One key tile of the backward pass: accumulates grad_k and grad_v over the heads of the group, and adds its share
@@ -80,13 +87,9 @@ struct BackwardTile {
   Problem problem;
   Rows k, v;
   const void* packed_keys;
-  int64_t key_begin, keys;  // keys in this tile
-  Window window;
-  const QueryRun* runs;
-  int64_t run_count;
-  // Lists of all query tiles: they fix the order in which key tiles add to a query gradient.
-  const KeyRun* key_runs;
-  const int64_t* key_runs_first;
+  int64_t all_keys, key_begin, keys;  // of the sequence; in this tile
+  int64_t query_tile, key_tile;       // at most the unit's own
+  const BackwardHead* heads;
   int64_t group, queries, query_tiles;
   char* packed_queries;  // (group, query_tiles) blocks of query_bytes
   int* progress;         // (group, query_tiles) key tiles that have added to the query tile
@@ -101,10 +104,12 @@ struct BackwardTile {
 struct Kernels {
   const char* forward_path;
   const char* backward_path;
-  int64_t query_tile, key_tile;
+  int64_t query_tile, key_tile;  // the usual ones
   int64_t backward_query_tile, backward_key_tile;
+  // A mask with blocks of its own may ask for other tiles: multiples of the granules up to the most.
+  int64_t most_queries, query_granule, key_granule;
   int64_t (*key_bytes)(const Problem&, int64_t keys, bool backward);
-  int64_t (*query_bytes)(const Problem&);
+  int64_t (*query_bytes)(const Problem&, int64_t query_tile);
   int64_t (*forward_scratch_bytes)(const Problem&);
   int64_t (*backward_scratch_bytes)(const Problem&);
   void (*pack_keys)(const KeyPack&);

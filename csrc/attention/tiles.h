@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention/cover.h"
 #include "attention/kernel.h"
 
 namespace effkern::attention {
@@ -23,25 +24,51 @@ struct QueryRunLists {
   std::vector<int64_t> first;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How a list cuts the keys: cells are classified as a whole. `trim` is the granule in which the first cell of a window
+// may begin later, and the last may then end at any key; 0 where runs have to consist of whole cells.
+struct KeyGrid {
+  int64_t cell, trim;
+};
 
-// Past-the-end key of what `query` sees.
-inline int64_t visible_end(const Window& window, int64_t query) {
-  if (!window.causal) return window.keys;
-  return std::clamp<int64_t>(query + window.shift + 1, 0, window.keys);
+inline void append_run(std::vector<KeyRun>& entries, int64_t first_of_tile, const KeyGrid& grid, int64_t begin,
+                       int64_t end, bool partial) {
+  if (static_cast<int64_t>(entries.size()) > first_of_tile) {
+    KeyRun& last = entries.back();
+    if (last.end == begin && (last.partial != 0) == partial) {
+      last.end = end;
+      return;
+    }
+    const int32_t rank = last.first_rank + static_cast<int32_t>(ceil_div(last.end - last.begin, grid.cell));
+    entries.push_back({begin, end, rank, partial});
+    return;
+  }
+  entries.push_back({begin, end, 0, partial});
 }
 
-inline KeyRunLists key_run_lists(const Window& window, int64_t queries, int64_t query_tile, int64_t key_tile) {
+inline KeyRunLists key_run_lists(const Mask& mask, int64_t queries, int64_t query_tile, const KeyGrid& grid) {
+  const MaskCover cover(mask, grid.cell);
   KeyRunLists lists;
   lists.first.push_back(0);
-  for (int64_t begin = 0; begin < queries; begin += query_tile) {
-    // What a query sees grows with its index, so the first and last query of the tile bound it.
-    const int64_t common_end = visible_end(window, begin);
-    const int64_t union_end = visible_end(window, std::min(begin + query_tile, queries) - 1);
-    const int64_t full_end = common_end == union_end ? union_end : common_end / key_tile * key_tile;
-    if (full_end > 0) lists.entries.push_back({0, full_end, 0, 0});
-    if (union_end > full_end)
-      lists.entries.push_back({full_end, union_end, static_cast<int32_t>(full_end / key_tile), 1});
+  for (int64_t query = 0; query < queries; query += query_tile) {
+    const int64_t query_end = std::min(query + query_tile, queries), first_entry = lists.first.back();
+    const KeyBounds bounds = key_bounds(mask, query, query_end);
+    const auto visit = [&](int64_t from, int64_t to) {
+      if (from >= to) return;
+      for (int64_t cell = from / grid.cell * grid.cell; cell < to; cell += grid.cell) {
+        int64_t begin = cell, end = std::min(cell + grid.cell, mask.keys);
+        const Cover found = cover.of({query, query_end, begin, end});
+        if (found == Cover::none) continue;
+        if (grid.trim != 0 && found == Cover::partial) {
+          end = std::min(end, bounds.end);
+          if (begin >= bounds.sink_end) begin = std::max(begin, bounds.begin / grid.trim * grid.trim);
+        }
+        append_run(lists.entries, first_entry, grid, begin, end, found == Cover::partial);
+      }
+    };
+    // The sinks, then the window; a cell that holds both belongs to the first.
+    const int64_t sink_cells = ceil_div(std::min(bounds.sink_end, bounds.end), grid.cell) * grid.cell;
+    if (bounds.sink_end < bounds.begin) visit(0, std::min(bounds.sink_end, bounds.end));
+    visit(bounds.sink_end < bounds.begin ? std::max(bounds.begin, sink_cells) : 0, bounds.end);
     lists.first.push_back(static_cast<int64_t>(lists.entries.size()));
   }
   return lists;
@@ -55,13 +82,11 @@ inline QueryRunLists query_run_lists(const KeyRunLists& lists, int64_t keys, int
     for (int64_t entry = lists.first[query]; entry < lists.first[query + 1]; ++entry) {
       const KeyRun& run = lists.entries[entry];
       for (int64_t key = run.begin; key < run.end; key += key_tile) {
-        // The keys work on their whole tile: a run that ends inside it hides the rest.
-        const int32_t partial = run.partial || run.end < std::min(key + key_tile, keys);
         std::vector<QueryRun>& runs = by_key[key / key_tile];
-        if (!runs.empty() && runs.back().last == query && runs.back().partial == partial)
+        if (!runs.empty() && runs.back().last == query && runs.back().partial == run.partial)
           ++runs.back().last;
         else
-          runs.push_back({query, query + 1, partial});
+          runs.push_back({query, query + 1, run.partial});
       }
     }
   }

@@ -59,6 +59,23 @@ EFFKERN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 EFFKERN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 EFFKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// tanh(x), within 2 units of the last place: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that
+// elsewhere.
+EFFKERN_INLINE Vec vtanh(Vec x) {
+  const Vec magnitude = vmax(vsub(vzero(), x), x), square = vmul(x, x);
+  Vec p = vset(-5.70498872745e-3f);
+  p = vfma(p, square, vset(2.06390887954e-2f));
+  p = vfma(p, square, vset(-5.37397155531e-2f));
+  p = vfma(p, square, vset(1.33314422036e-1f));
+  p = vfma(p, square, vset(-3.33332819422e-1f));
+  const Vec near = vfma(vmul(p, square), x, x);
+  // From 10 on tanh rounds to 1.
+  const Vec power = vexp2(vmul(vmin(vset(10.0f), magnitude), vset(2.88539008177792681f)));
+  const Vec far = vsub(vset(1.0f), vdiv(vset(2.0f), vadd(power, vset(1.0f))));
+  const Vec signed_far = select_greater(vzero(), x, vsub(vzero(), far), far);
+  return select_greater(magnitude, vset(0.625f), signed_far, near);
+}
+
 // The first `count` elements, zeros behind them.
 template <class T>
 EFFKERN_INLINE Vec load_some(const T* p, int64_t count) {

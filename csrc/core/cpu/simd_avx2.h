@@ -15,18 +15,13 @@ EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); 
 // Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 
 // yes in lanes where a > b, else no.
 EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
-}
-
-// x in lanes where low <= position < high, else minus infinity.
-EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
-  const Vec inside = _mm256_and_ps(_mm256_cmp_ps(low, position, _CMP_LE_OQ), _mm256_cmp_ps(position, high, _CMP_LT_OQ));
-  return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, inside);
 }
 
 // b where a is minus infinity, else a.
@@ -45,6 +40,28 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
       _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000));
   const Vec tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
   return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
+}
+
+// 32-bit words, one a lane.
+using Words = __m256i;
+EFFKERN_INLINE Words words_set(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+EFFKERN_INLINE Words words_load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+EFFKERN_INLINE Words words_add(Words a, Words b) { return _mm256_add_epi32(a, b); }
+EFFKERN_INLINE Words words_xor(Words a, Words b) { return _mm256_xor_si256(a, b); }
+// The low halves of the 64-bit products; the high ones go to *high.
+EFFKERN_INLINE Words words_multiply(Words a, Words b, Words* high) {
+  const Words even = _mm256_mul_epu32(a, b);
+  const Words odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+// x in lanes whose word is at least `limit` (unsigned), else 0.
+EFFKERN_INLINE Vec keep_at_least(Words word, Words limit, Vec x) {
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(word, limit), word)), x);
+}
+// x in lanes whose word has its top bit set, else minus infinity.
+EFFKERN_INLINE Vec keep_top_bit(Words word, Vec x) {
+  return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_castsi256_ps(word));
 }
 
 EFFKERN_INLINE Vec load_full(const float* p) { return _mm256_loadu_ps(p); }

@@ -15,19 +15,13 @@ EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); 
 // Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
 // yes in lanes where a > b, else no.
 EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
-}
-
-// x in lanes where low <= position < high, else minus infinity.
-EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
-  const __mmask16 inside =
-      _mm512_cmp_ps_mask(low, position, _CMP_LE_OQ) & _mm512_cmp_ps_mask(position, high, _CMP_LT_OQ);
-  return _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), x);
 }
 
 // b where a is minus infinity, else a.
@@ -44,6 +38,28 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
   for (int i = 1; i < kExp2Terms; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Coefficients[i]));
   const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
   return _mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p, whole), _mm512_setzero_ps());
+}
+
+// 32-bit words, one a lane.
+using Words = __m512i;
+EFFKERN_INLINE Words words_set(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+EFFKERN_INLINE Words words_load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+EFFKERN_INLINE Words words_add(Words a, Words b) { return _mm512_add_epi32(a, b); }
+EFFKERN_INLINE Words words_xor(Words a, Words b) { return _mm512_xor_si512(a, b); }
+// The low halves of the 64-bit products; the high ones go to *high.
+EFFKERN_INLINE Words words_multiply(Words a, Words b, Words* high) {
+  const Words even = _mm512_mul_epu32(a, b);
+  const Words odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+// x in lanes whose word is at least `limit` (unsigned), else 0.
+EFFKERN_INLINE Vec keep_at_least(Words word, Words limit, Vec x) {
+  return _mm512_mask_blend_ps(_mm512_cmpge_epu32_mask(word, limit), _mm512_setzero_ps(), x);
+}
+// x in lanes whose word has its top bit set, else minus infinity.
+EFFKERN_INLINE Vec keep_top_bit(Words word, Vec x) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(word), _mm512_set1_ps(-INFINITY), x);
 }
 
 EFFKERN_INLINE Vec load_full(const float* p) { return _mm512_loadu_ps(p); }

@@ -22,6 +22,7 @@ EFFKERN_INLINE Vec vselect(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & 
 // Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return vselect(a > b, a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return vselect(a < b, a, b); }
+EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return a / b; }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
   const VecInt m = a > b;
@@ -30,11 +31,6 @@ EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
 
 // yes in lanes where a > b, else no.
 EFFKERN_INLINE Vec select_greater(Vec a, Vec b, Vec yes, Vec no) { return vselect(a > b, yes, no); }
-
-// x in lanes where low <= position < high, else minus infinity.
-EFFKERN_INLINE Vec keep_inside(Vec x, Vec low, Vec high, Vec position) {
-  return vselect((low <= position) & (position < high), x, vset(-INFINITY));
-}
 
 // b where a is minus infinity, else a.
 EFFKERN_INLINE Vec replace_minus_infinity(Vec a, Vec b) { return vselect(a == vset(-INFINITY), b, a); }
@@ -50,6 +46,26 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
   const VecUnsigned exponent = ((VecUnsigned)shifted << 23) + 0x3f800000u;
   return vselect(x < vset(-126.0f), vzero(), p * (Vec)exponent);
 }
+
+// 32-bit words, one a lane.
+typedef uint32_t Words __attribute__((vector_size(16)));
+EFFKERN_INLINE Words words_set(uint32_t x) { return Words{x, x, x, x}; }
+EFFKERN_INLINE Words words_load(const uint32_t* p) {
+  Words x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+EFFKERN_INLINE Words words_add(Words a, Words b) { return a + b; }
+EFFKERN_INLINE Words words_xor(Words a, Words b) { return a ^ b; }
+// The low halves of the 64-bit products; the high ones go to *high.
+EFFKERN_INLINE Words words_multiply(Words a, Words b, Words* high) {
+  for (int i = 0; i < kLanes; ++i) (*high)[i] = static_cast<uint32_t>((static_cast<uint64_t>(a[i]) * b[i]) >> 32);
+  return a * b;
+}
+// x in lanes whose word is at least `limit` (unsigned), else 0.
+EFFKERN_INLINE Vec keep_at_least(Words word, Words limit, Vec x) { return vselect(word >= limit, x, vzero()); }
+// x in lanes whose word has its top bit set, else minus infinity.
+EFFKERN_INLINE Vec keep_top_bit(Words word, Vec x) { return vselect((VecInt)word < 0, x, vset(-INFINITY)); }
 
 EFFKERN_INLINE float widen(float x) { return x; }
 EFFKERN_INLINE float widen(Bf16 x) {
