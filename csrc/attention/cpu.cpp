@@ -43,9 +43,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
   const int64_t group = g.heads_kv ? g.group() : 0;
   const int64_t scratch_bytes = round_to_line(kernels.forward_scratch_bytes(problem));
 
+  Buffer packed, scratch;
   for (size_t begin = 0, end; begin < units.size(); begin = end) {
     const auto bytes = [&](const Unit& u) { return round_to_line(kernels.key_bytes(problem, u.range->keys, false)); };
-    end = block_end(units, begin, bytes);
+    end = block_end(units, begin, kForwardBudget, bytes);
     std::vector<int64_t> offsets{0};
     std::vector<Task> tasks;
     for (size_t u = begin; u < end; ++u) {
@@ -60,11 +61,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
     // tiles of one head stay together and its keys stay in cache.
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.keys / 1024 > b.keys / 1024; });
-    const Buffer packed(offsets.back());
+    packed.reserve(offsets.back());
     pack_key_block(kernels, problem, units, begin, end, k_op, v_op, false, packed.data, offsets);
 
     const int64_t count = static_cast<int64_t>(tasks.size());
-    const Buffer scratch(scratch_bytes * slot_count(count));
+    scratch.reserve(scratch_bytes * slot_count(count));
     parallel_tasks(count, [&](int64_t index, int64_t slot) {
       const Task& task = tasks[index];
       const Unit& unit = units[task.unit];

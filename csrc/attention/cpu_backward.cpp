@@ -102,12 +102,14 @@ Gradients backward(const Tensor& grad_out_in, const std::optional<Tensor>& grad_
     const Team* team;
     int64_t tile;
   };
+  Buffer packed_keys, packed_queries, scratch;
   for (size_t begin = 0, end; begin < units.size(); begin = end) {
     const auto key_bytes = [&](const Unit& u) {
       return round_to_line(kernels.key_bytes(problem, u.range->keys, true));
     };
     const auto blocks = [&](const Unit& u) { return group * ceil_div(u.range->queries, query_tile); };
-    end = block_end(units, begin, [&](const Unit& u) { return key_bytes(u) + blocks(u) * query_bytes; });
+    end =
+        block_end(units, begin, kBackwardBudget, [&](const Unit& u) { return key_bytes(u) + blocks(u) * query_bytes; });
     std::vector<int64_t> key_offsets{0}, query_offsets{0};  // bytes; blocks
     std::vector<QueryTask> query_tasks;
     int64_t most_key_tiles = 0;
@@ -124,7 +126,8 @@ Gradients backward(const Tensor& grad_out_in, const std::optional<Tensor>& grad_
     for (int64_t tile = 0; tile < most_key_tiles; ++tile)
       for (const Team& team : teams) key_tasks.push_back({&team, tile});
 
-    const Buffer packed_keys(key_offsets.back()), packed_queries(query_offsets.back() * query_bytes);
+    packed_keys.reserve(key_offsets.back());
+    packed_queries.reserve(query_offsets.back() * query_bytes);
     std::vector<int> progress(query_offsets.back(), 0);
     pack_key_block(kernels, problem, units, begin, end, k_op, v_op, true, packed_keys.data, key_offsets);
 
@@ -147,7 +150,7 @@ Gradients backward(const Tensor& grad_out_in, const std::optional<Tensor>& grad_
     });
 
     const int64_t count = static_cast<int64_t>(key_tasks.size());
-    const Buffer scratch(scratch_bytes * slot_count(count));
+    scratch.reserve(scratch_bytes * slot_count(count));
     parallel_tasks(count, [&](int64_t index, int64_t slot) {
       const auto [team, tile] = key_tasks[index];
       for (size_t u : *team) {

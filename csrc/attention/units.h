@@ -13,9 +13,9 @@
 
 namespace effkern::attention {
 
-// Packed operands of the units in flight. Enough units to feed the threads, few enough that what is packed is still in
-// cache when it is read.
-constexpr int64_t kPackedBudget = int64_t{32} << 20;
+// Packed operands of the units in flight: enough units to feed the threads, few enough that what is packed is still in
+// cache when it is read. The backward pass reads its packed queries once a key tile and gains 10 to 20 % from less.
+constexpr int64_t kForwardBudget = int64_t{32} << 20, kBackwardBudget = int64_t{4} << 20;
 
 inline const Kernels& select_kernels(ScalarType dtype) {
   const Isa level = isa_active();
@@ -33,9 +33,12 @@ inline const Kernels& select_kernels(ScalarType dtype) {
 struct Buffer {
   Tensor storage;
   char* data = nullptr;
+  int64_t capacity = 0;
 
-  explicit Buffer(int64_t bytes) {
-    if (bytes == 0) return;
+  // At least `bytes`; what was inside is lost where it has to grow.
+  void reserve(int64_t bytes) {
+    if (bytes <= capacity) return;
+    capacity = bytes;
     const int64_t size[1] = {bytes + 64};
     storage = torch::stable::empty({size, 1}, ScalarType::Byte);
     const auto address = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr());
@@ -83,13 +86,13 @@ inline std::vector<Unit> list_units(const Geometry& g, const std::vector<Sequenc
 
 // Units [begin, end) processed together: at least one per thread, then as many as the budget holds.
 template <class Bytes>
-size_t block_end(const std::vector<Unit>& units, size_t begin, const Bytes& bytes) {
+size_t block_end(const std::vector<Unit>& units, size_t begin, int64_t budget, const Bytes& bytes) {
   int64_t total = 0;
   size_t end = begin;
   while (end < units.size()) {
     total += bytes(units[end]);
     const bool enough_for_threads = end - begin >= static_cast<size_t>(thread_count());
-    if (enough_for_threads && total > kPackedBudget) break;
+    if (enough_for_threads && total > budget) break;
     ++end;
   }
   return end;
