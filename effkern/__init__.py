@@ -3,8 +3,8 @@
     import effkern
     out = effkern.attention(q, k, v, causal=True)
 
-`effkern.backends` says which backend runs and forces one, `effkern.nn` has the modules, `effkern.testing` the error
-measures, `effkern.reference` the plain PyTorch versions.
+`effkern.masks` has the attention masks, `effkern.backends` says which backend runs and forces one, `effkern.nn` has the
+modules, `effkern.testing` the error measures, `effkern.reference` the plain PyTorch versions.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +13,7 @@ from effkern import _lib
 
 _lib.load()
 
-from effkern import backends, nn, ops, reference, testing  # noqa: E402
+from effkern import backends, masks, nn, ops, reference, testing  # noqa: E402
 from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 
@@ -24,4 +24,4 @@ try:
 except PackageNotFoundError:  # a source tree on the path that was never installed
     __version__ = "0+source"
 
-__all__ = ["__version__", "attention", "backends", "nn", "ops", "reference", "testing"]
+__all__ = ["__version__", "attention", "backends", "masks", "nn", "ops", "reference", "testing"]
