@@ -64,13 +64,14 @@ inline Extent longest(const std::vector<Sequence>& sequences) {
   return extent;
 }
 
-// Each axis is 1 or what the call has; the last two of a packed call may be longer than its longest sequence.
+// Each axis is 1 or what the call has. The last two may be longer in a packed call, whose sequences have many lengths,
+// and in a layout, which may come from two with different blocks.
 inline void check_table(const char* name, const Tensor& t, const Geometry& g, const Extent& extent, int64_t rows,
                         int64_t columns, bool broadcast_rows) {
   const int64_t expected[4] = {extent.sequences, g.heads_q, rows, columns};
   bool fits = t.dim() == 4;
   for (int64_t axis = 0; fits && axis < 4; ++axis) {
-    const bool longer = g.packed && axis >= 2 && t.size(axis) >= expected[axis];
+    const bool longer = (g.packed || !broadcast_rows) && axis >= 2 && t.size(axis) >= expected[axis];
     const bool one = t.size(axis) == 1 && (axis < 2 || broadcast_rows);
     fits = one || t.size(axis) == expected[axis] || longer;
   }
