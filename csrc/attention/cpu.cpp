@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "attention/plan.h"
 #include "attention/units.h"
@@ -94,8 +95,9 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
                                          std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes,
                                          double dropout_p, std::optional<Tensor> dropout_seed) {
   return forward(q, k, v,
-                 {cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, bands, groups, layout, block, ids, visible, bias,
-                  softcap, sink_logits, alibi_slopes, dropout_p, dropout_seed});
+                 {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left, std::move(bands),
+                  std::move(groups), std::move(layout), block, std::move(ids), std::move(visible), std::move(bias),
+                  softcap, std::move(sink_logits), std::move(alibi_slopes), dropout_p, std::move(dropout_seed)});
 }
 
 }  // namespace

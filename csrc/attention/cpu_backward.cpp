@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "attention/plan.h"
 #include "attention/units.h"
@@ -194,10 +195,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     std::optional<Tensor> layout, int64_t block, std::optional<Tensor> ids, std::optional<Tensor> visible,
     std::optional<Tensor> bias, double softcap, std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes,
     double dropout_p, std::optional<Tensor> dropout_seed, bool bias_grad) {
-  Gradients grads = backward(grad_out, grad_lse, q, k, v, out, lse,
-                             {cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, bands, groups, layout, block, ids,
-                              visible, bias, softcap, sink_logits, alibi_slopes, dropout_p, dropout_seed},
-                             bias_grad);
+  Gradients grads =
+      backward(grad_out, grad_lse, q, k, v, out, lse,
+               {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left, std::move(bands),
+                std::move(groups), std::move(layout), block, std::move(ids), std::move(visible), std::move(bias),
+                softcap, std::move(sink_logits), std::move(alibi_slopes), dropout_p, std::move(dropout_seed)},
+               bias_grad);
   return {grads.q, grads.k, grads.v, grads.bias, grads.delta};
 }
 

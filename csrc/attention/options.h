@@ -31,16 +31,16 @@ struct Options {
 // A table over (batch, head, row, column); broadcast axes have stride 0, columns are adjacent or broadcast. The batch
 // axis counts sequences where the call is packed.
 struct Table {
-  Tensor storage;
+  std::optional<Tensor> storage;  // a default tensor would cost an allocation
   const char* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, column = 0, element = 1;
 
-  Table() = default;
-  explicit Table(const Tensor& t) : storage(t) {
-    const auto stride = [&](int64_t axis) { return storage.size(axis) == 1 ? 0 : storage.stride(axis); };
-    if (stride(3) > 1) storage = torch::stable::contiguous(t);
-    data = static_cast<const char*>(storage.const_data_ptr());
-    element = static_cast<int64_t>(storage.element_size());
+  explicit Table(const std::optional<Tensor>& t) : storage(t) {
+    if (!t) return;
+    const auto stride = [&](int64_t axis) { return storage->size(axis) == 1 ? 0 : storage->stride(axis); };
+    if (stride(3) > 1) storage = torch::stable::contiguous(*t);
+    data = static_cast<const char*>(storage->const_data_ptr());
+    element = static_cast<int64_t>(storage->element_size());
     batch = stride(0);
     head = stride(1);
     row = stride(2);
@@ -146,9 +146,9 @@ class TermTable {
  public:
   TermTable(const Options& o, const Geometry& g, const std::vector<Sequence>& sequences, Tensor* grad_bias)
       : heads_(g.heads_q),
-        bias_(o.bias ? Table(*o.bias) : Table()) {
+        bias_(o.bias) {
     const std::vector<float> sinks = read_per_head(o.sink_logits), slopes = read_per_head(o.alibi_slopes);
-    const Table grad = grad_bias ? Table(*grad_bias) : Table();
+    const Table grad(grad_bias ? std::optional<Tensor>(*grad_bias) : std::nullopt);
     for (size_t s = 0; s < sequences.size(); ++s)
       for (int64_t head = 0; head < g.heads_q; ++head) {
         Terms t{};

@@ -39,16 +39,16 @@ class MaskPlan {
   MaskPlan(const Geometry& g, const std::vector<Sequence>& sequences, const Options& o, const Tiling& tiling,
            bool backward)
       : heads_(g.heads_q),
-        layout_(o.layout ? Table(*o.layout) : Table()),
-        visible_(o.visible ? Table(*o.visible) : Table()) {
+        layout_(o.layout),
+        visible_(o.visible) {
     constexpr int64_t kUnbounded = int64_t{1} << 30;
     for (size_t i = 0; i < o.bands.size(); i += 3) bands_.push_back({o.bands[i], o.bands[i + 1], o.bands[i + 2]});
     if (o.causal) bands_.push_back({kUnbounded, 0, 0});
     for (int half = 0; half < 2; ++half)
       for (int64_t size : o.groups) groups_[half].push_back({size, half * (size / 2)});
     if (o.ids) ids_ = torch::stable::contiguous(*o.ids);
-    const int64_t* ids = o.ids ? ids_.const_data_ptr<int64_t>() : nullptr;
-    const int64_t ids_stride = o.ids && ids_.size(0) > 1 ? ids_.size(1) : 0;
+    const int64_t* ids = ids_ ? ids_->const_data_ptr<int64_t>() : nullptr;
+    const int64_t ids_stride = ids_ && ids_->size(0) > 1 ? ids_->size(1) : 0;
 
     by_sequence_ = g.packed || layout_.batch != 0 || visible_.batch != 0 || ids_stride != 0;
     by_head_ = layout_.head != 0 || visible_.head != 0;
@@ -91,7 +91,7 @@ class MaskPlan {
  private:
   int64_t heads_;
   Table layout_, visible_;
-  Tensor ids_;
+  std::optional<Tensor> ids_;
   std::vector<Band> bands_;
   std::vector<Groups> groups_[2];
   bool by_sequence_, by_head_, by_half_;

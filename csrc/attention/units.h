@@ -31,7 +31,7 @@ inline const Kernels& select_kernels(ScalarType dtype) {
 
 // A byte buffer from torch's allocator, so that profilers and memory limits see it.
 struct Buffer {
-  Tensor storage;
+  std::optional<Tensor> storage;
   char* data = nullptr;
   int64_t capacity = 0;
 
@@ -41,7 +41,7 @@ struct Buffer {
     capacity = bytes;
     const int64_t size[1] = {bytes + 64};
     storage = torch::stable::empty({size, 1}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr());
+    const auto address = reinterpret_cast<uintptr_t>(storage->mutable_data_ptr());
     data = reinterpret_cast<char*>((address + 63) / 64 * 64);
   }
 };
