@@ -14,8 +14,8 @@ class BlockSparse(Mask):
     """layout[b, h, i // block, j // block].
 
     Args:
-        layout: bool (B|1, Hq|1, nq, nk), nq = ceil(Sq / block), nk = ceil(Sk / block). With cu_seqlens the first axis
-            counts sequences, and nq and nk must suffice for the longest.
+        layout: bool (B|1, Hq|1, nq, nk), nq >= ceil(Sq / block), nk >= ceil(Sk / block). With cu_seqlens the first
+            axis counts sequences, and nq and nk must suffice for the longest.
         block: side of a block, a multiple of 16. The queries count from the first row, whatever `align` says.
 
     Source: Child et al. 2019 (Sparse Transformers), section 5.5.
@@ -39,7 +39,7 @@ class BlockSparse(Mask):
 
     def _sees(self, i: Tensor, p: Tensor, j: Tensor, heads: int) -> Tensor:
         blocks = -(-len(i) // self.block), -(-len(j) // self.block)
-        if tuple(self.layout.shape[2:]) != blocks:
+        if self.layout.shape[2] < blocks[0] or self.layout.shape[3] < blocks[1]:
             raise ValueError(
                 f"to_dense: layout has {tuple(self.layout.shape[2:])} blocks, "
                 f"{len(i)} queries and {len(j)} keys need {blocks}"

@@ -5,41 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from effkern.masks import Lowered, Mask
+from effkern.ops._attention_options import Options, lower
+from effkern.ops._attention_pairs import total_pairs
 
 
-def _staircase(first: int, rows: int) -> int:
-    """Sum of max(0, x) over x = first, first + 1, ..., first + rows - 1."""
-
-    def triangle(n: int) -> int:
-        return n * (n + 1) // 2 if n > 0 else 0
-
-    return triangle(first + rows - 1) - triangle(first - 1)
-
-
-def visible_pairs(sq: int, sk: int, causal: bool, top_left: bool) -> int:
-    """How many (query, key) pairs one head computes. Exact, also where rows see no key or all keys."""
-    if not causal:
-        return sq * sk
-    first = 1 if top_left else sk - sq + 1
-    return _staircase(first, sq) - _staircase(first - sk, sq)
-
-
-def _total_pairs(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    top_left: bool,
-) -> int:
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return q.shape[0] * q.shape[1] * visible_pairs(q.shape[2], k.shape[2], causal, top_left)
-    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
-        # Without values the lengths are unknown: one sequence, the upper bound.
-        return q.shape[0] * visible_pairs(q.shape[1], k.shape[1], causal, top_left)
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    return q.shape[0] * sum(visible_pairs(sq, sk, causal, top_left) for sq, sk in lengths)
+def _flops(pairs: int, q: Tensor, v: Tensor, backward: bool) -> int:
+    d, dv = q.shape[-1], v.shape[-1]
+    return pairs * 2 * (3 * d + 2 * dv if backward else d + dv)
 
 
 def attention_flops(
@@ -49,6 +23,7 @@ def attention_flops(
     *,
     causal: bool = False,
     align: str = "bottom_right",
+    mask: Mask | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     backward: bool = False,
@@ -56,39 +31,42 @@ def attention_flops(
 ) -> int:
     """Multiplications and additions of the matrix products, over the visible pairs only.
 
-    Forward: 2 (D + Dv) a pair. Backward: 2 (3 D + 2 Dv), the scores being computed again. Meta tensors will do.
+    Forward: 2 (D + Dv) a pair. Backward: 2 (3 D + 2 Dv), the scores being computed again. Meta tensors will do; where
+    the tensors of a mask have no values, every pair counts that they might show. What a bias hides is counted.
     """
-    pairs = _total_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, align == "top_left")
-    d, dv = q.shape[-1], v.shape[-1]
-    return pairs * 2 * (3 * d + 2 * dv if backward else d + dv)
+    lowered = Lowered() if mask is None else lower(mask)
+    pairs = total_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, align == "top_left", lowered)
+    return _flops(pairs, q, v, backward)
 
 
-def attention_bytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **_: Any) -> int:
-    """Bytes that must cross memory once: q, k, v, out, lse; backward reads those and grad_out, writes the gradients."""
+def attention_bytes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    backward: bool = False,
+    **_: Any,
+) -> int:
+    """Bytes that must cross memory once: q, k, v, out, lse, the tensors of a mask, a bias.
+
+    The backward reads those and grad_out, writes the gradients, and counts that of the bias.
+    """
     size = q.element_size()
     rows = q.numel() // q.shape[-1]
     inputs = (q.numel() + k.numel() + v.numel()) * size
     outputs = rows * v.shape[-1] * size
     lse = rows * 4
-    return 2 * inputs + 2 * outputs + lse if backward else inputs + outputs + lse
+    extra = 0 if bias is None else bias.numel() * (bias.element_size() + (4 if backward else 0))
+    if mask is not None:
+        extra += sum(t.numel() * t.element_size() for t in mask.lower() if isinstance(t, Tensor))
+    return extra + (2 * inputs + 2 * outputs + lse if backward else inputs + outputs + lse)
 
 
-def forward_formula(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-    **_: Any,
-) -> int:
+def forward_formula(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> int:
     """`attention_flops` with the arguments of the dispatcher op."""
-    align = "top_left" if top_left else "bottom_right"
-    return attention_flops(
-        q, k, v, causal=causal, align=align, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
+    return _flops(_pairs(q, k, *options, **named), q, v, False)
 
 
 def backward_formula(
@@ -99,21 +77,13 @@ def backward_formula(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-    **_: Any,
+    *options: Any,
+    bias_grad: bool = False,
+    **named: Any,
 ) -> int:
-    align = "top_left" if top_left else "bottom_right"
-    return attention_flops(
-        q,
-        k,
-        v,
-        causal=causal,
-        align=align,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        backward=True,
-    )
+    return _flops(_pairs(q, k, *options[: len(Options._fields)], **named), q, v, True)
+
+
+def _pairs(q: Tensor, k: Tensor, *options: Any, out_val: Any = None, **named: Any) -> int:
+    o = Options(*options, **named)
+    return total_pairs(q, k, o.cu_seqlens_q, o.cu_seqlens_k, o.causal, o.top_left, o.mask())

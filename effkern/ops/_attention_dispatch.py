@@ -12,10 +12,15 @@ from torch import Tensor
 from effkern import _lib, backends
 from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, check_arguments, check_offsets
 from effkern.ops._attention_cost import backward_formula, forward_formula
+from effkern.ops._attention_gradient import DOUBLE_BACKWARD, refuse_gradient, register_gradient
+from effkern.ops._attention_options import Options, check_options
 from effkern.ops._dispatch import register_autocast, register_flops, register_kernel
 from effkern.reference import attention as reference
 
+__all__ = ["DOUBLE_BACKWARD", "FORWARD", "FORWARD_CUDA", "FORWARD_TRITON", "GEOMETRY"]
+
 _OPS = torch.ops.effkern
+GEOMETRY = 5  # so many options are geometry, and the only ones that attention_cuda has
 FORWARD, FORWARD_TRITON, FORWARD_CUDA = (
     _OPS.attention.default,
     _OPS.attention_triton.default,
@@ -42,6 +47,8 @@ def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) ->
 def cuda_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     if _CUDA_MISSING:
         return f"the CUDA library is not loaded: {_lib.status().cuda.reason}"
+    if sizes.get("extended"):
+        return "it takes no mask besides causal, no bias, softcap, sinks, ALiBi or dropout yet"
     return cpu_refusal(device, dtype, sizes)
 
 
@@ -49,67 +56,69 @@ def reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int])
     return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
 
 
-def sizes(q: Tensor, v: Tensor) -> dict[str, int]:
-    return {"head_dim": q.shape[-1], "value_dim": v.shape[-1]}
+def sizes(q: Tensor, v: Tensor, extended: bool) -> dict[str, int]:
+    """What a backend's refusal depends on; extended: there is more than geometry (`Options.extended`)."""
+    return {"head_dim": q.shape[-1], "value_dim": v.shape[-1], "extended": extended}
 
 
-def run_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    align: str,
-) -> tuple[Tensor, Tensor]:
-    check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[-2])
-        check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[-2])
+def _check(q: Tensor, k: Tensor, v: Tensor, o: Options) -> None:
+    check_arguments(q, k, v, o.cu_seqlens_q, o.cu_seqlens_k, o.scale)
+    check_options(o, q, k)
+
+
+def run_reference(q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    check_arguments(q, k, v, o.cu_seqlens_q, o.cu_seqlens_k, o.scale)
+    longest: tuple[int | None, int | None] = None, None
+    if o.cu_seqlens_q is not None and o.cu_seqlens_k is not None:
+        longest = (
+            check_offsets("cu_seqlens_q", o.cu_seqlens_q, q.shape[-2]),
+            check_offsets("cu_seqlens_k", o.cu_seqlens_k, k.shape[-2]),
+        )
+    check_options(o, q, k, longest)
     backends.record("attention:reference")
-    return reference.attention(
-        q, k, v, causal=causal, align=align, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
+    return reference.attention(q, k, v, **o.keywords())
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, Options(*options, **named))
     rows = q.shape[:-1]
     return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=torch.float32)
 
 
+def _backward_options(options: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Options, bool]:
+    """What follows lse in the arguments of a backward op."""
+    *_, bias_grad = (False, *options[len(Options._fields) :])
+    keywords = dict(named)
+    bias_grad = keywords.pop("bias_grad", bias_grad)
+    return Options(*options[: len(Options._fields)], **keywords), bias_grad
+
+
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _triton_forward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-    backends.select("attention", q.device.type, q.dtype, sizes(q, v), "triton")
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, bias_grad = _backward_options(options, named)
+    shape = o.bias.shape if bias_grad and o.bias is not None else (0,)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_bias = q.new_empty(shape, dtype=torch.float32)
+    return *grads, grad_bias, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    o = Options(*options, **named)
+    _check(q, k, v, o)
+    backends.select("attention", q.device.type, q.dtype, sizes(q, v, o.extended()), "triton")
     from effkern._triton import attention as launcher
 
     backends.record("attention:triton")
-    return launcher.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left)
+    return launcher.forward(q, k, v, **o._asdict())
 
 
 def _triton_backward(
@@ -120,38 +129,24 @@ def _triton_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backends.select("attention", q.device.type, q.dtype, sizes(q, v), "triton")
+    *options: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, bias_grad = _backward_options(options, named)
+    backends.select("attention", q.device.type, q.dtype, sizes(q, v, o.extended()), "triton")
     from effkern._triton import attention as launcher
 
     backends.record("attention_backward:triton")
-    return launcher.backward(
-        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left
-    )
+    return launcher.backward(grad_out, grad_lse, q, k, v, out, lse, **o._asdict(), bias_grad=bias_grad)
 
 
-def _cuda_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """The key CUDA of `attention`: C++ where it was asked for, else Triton, else the reference."""
-    name = backends.select("attention", q.device.type, q.dtype, sizes(q, v))
+    o = Options(*options, **named)
+    name = backends.select("attention", q.device.type, q.dtype, sizes(q, v, o.extended()))
     if name == "reference":
-        align = "top_left" if top_left else "bottom_right"
-        return run_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, align)
-    forward = FORWARD_CUDA if name == "cuda" else _triton_forward
-    return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left)
+        return run_reference(q, k, v, o)
+    return FORWARD_CUDA(q, k, v, *o[:GEOMETRY]) if name == "cuda" else _triton_forward(q, k, v, *o)
 
 
 def _cuda_backward(
@@ -162,63 +157,22 @@ def _cuda_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    top_left: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *options: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The key CUDA of `attention_backward`: Triton where it can, else the closed form in PyTorch."""
-    if backends.forced() != "reference" and triton_refusal(q.device.type, q.dtype, sizes(q, v)) is None:
-        return _triton_backward(
-            grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left
-        )
+    saved = grad_out, grad_lse, q, k, v, out, lse
+    o, bias_grad = _backward_options(options, named)
+    request = q.device.type, q.dtype, sizes(q, v, o.extended())
+    if backends.forced() != "reference" and triton_refusal(*request) is None:
+        return _triton_backward(*saved, *o, bias_grad)
     backends.record("attention_backward:reference")
-    return reference.attention_backward(
-        *(grad_out, grad_lse, q, k, v, out, lse),
-        causal=causal,
-        align="top_left" if top_left else "bottom_right",
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    return reference.attention_backward(*saved, bias_grad=bias_grad, **o.keywords())
 
 
 def _no_cuda_kernel(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    backends.select("attention", q.device.type, q.dtype, sizes(q, v), "cuda")
+    backends.select("attention", q.device.type, q.dtype, sizes(q, v, False), "cuda")
     raise AssertionError("unreachable: select refuses")
-
-
-DOUBLE_BACKWARD = "attention: second derivatives are only available with backend='reference'"
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = options
-
-
-def _register_gradient(op: str, backward_op: str) -> None:
-    backward = getattr(_OPS, backward_op).default
-
-    def gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (2 + len(ctx.options))
-        if grad_out is None and grad_lse is None:
-            return (None, None, None, *rest)
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        if grad_out is None:  # only lse was used
-            grad_out = torch.zeros_like(out)
-        return (
-            *backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options),
-            *rest,
-        )
-
-    torch.library.register_autograd(f"effkern::{op}", gradient, setup_context=_setup_context)
-
-
-def _refuse_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(DOUBLE_BACKWARD)
 
 
 for _op, _backward_op in (
@@ -227,12 +181,12 @@ for _op, _backward_op in (
     ("attention_cuda", "attention_backward"),
 ):
     torch.library.register_fake(f"effkern::{_op}", _fake_forward)
-    _register_gradient(_op, _backward_op)
-    register_autocast(_op)
+    register_gradient(_op, _backward_op)
+    register_autocast(_op, 3)
     register_flops(_op, forward_formula)
 for _op in ("attention_backward", "attention_triton_backward"):
     torch.library.register_fake(f"effkern::{_op}", _fake_backward)
-    torch.library.register_autograd(f"effkern::{_op}", _refuse_gradient)
+    torch.library.register_autograd(f"effkern::{_op}", refuse_gradient)
     register_flops(_op, backward_formula)
 
 register_kernel("attention", _cuda_forward, "CUDA")

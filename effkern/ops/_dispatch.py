@@ -34,8 +34,9 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def register_autocast(op: str) -> None:
-    """Casts every floating argument but float64 to the current autocast dtype, as PyTorch's own matmul ops do.
+def register_autocast(op: str, count: int | None = None) -> None:
+    """Casts the first `count` arguments, or all, to the current autocast dtype where they are floating and not float64,
+    as PyTorch's own matmul ops do.
 
     `torch.library.register_autocast` would fix the dtype once and for all.
     """
@@ -54,10 +55,10 @@ def register_autocast(op: str) -> None:
                 and arg.dtype not in (dtype, torch.float64)
                 and arg.device.type == device
                 else arg
-                for arg in args
+                for arg in args[:count]
             ]
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return overload(*cast)
+                return overload(*cast, *args[len(cast) :])
 
         LIBRARY.impl(op, kernel, f"Autocast{device.upper()}")
 
@@ -65,9 +66,11 @@ def register_autocast(op: str) -> None:
         register(device)
 
 
-def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Ops with a registered backward drop forward-mode tangents in silence: an error instead."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
         raise NotImplementedError(
             f"{op}: forward-mode derivatives are only available with backend='reference'"
         )
