@@ -45,15 +45,15 @@ def register_gradient(op: str, backward_op: str) -> None:
         o = _options(ctx, tensors)
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
-        for_bias = o.bias is not None and ctx.needs_input_grad[3 + _BIAS]
-        per_key = for_bias and o.bias.shape[-1] > 1
+        bias = o.bias if o.bias is not None and ctx.needs_input_grad[3 + _BIAS] else None
+        per_key = bias is not None and bias.shape[-1] > 1
         grad_q, grad_k, grad_v, grad_bias, delta = backward(
             grad_out, grad_lse, q, k, v, out, lse, *o, per_key
         )
-        if for_bias:
+        if bias is not None:
             if not per_key:
-                grad_bias = _row_gradient(o, lse, grad_lse, delta)
-            rest[_BIAS] = grad_bias.to(o.bias.dtype)
+                grad_bias = _row_gradient(bias, o, lse, grad_lse, delta)
+            rest[_BIAS] = grad_bias.to(bias.dtype)
         if o.sink_logits is not None and ctx.needs_input_grad[3 + _SINKS]:
             grad_sinks = -_sink_share(o.sink_logits, lse, delta).sum(-1)
             rest[_SINKS] = (grad_sinks.sum(0) if grad_sinks.dim() == 2 else grad_sinks).to(
@@ -69,14 +69,13 @@ def _sink_share(sink_logits: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return (sink_logits[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp() * delta
 
 
-def _row_gradient(o: Options, lse: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Tensor:
+def _row_gradient(bias: Tensor, o: Options, lse: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Tensor:
     """Of a bias that is the same for all keys. It moves lse alone, and out only through a sink: the sum of dS over the
     keys is dlse + delta * exp(sink - lse)."""
-    assert o.bias is not None
     row = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
     if o.sink_logits is not None:
         row = row + _sink_share(o.sink_logits, lse, delta)
-    shape = o.bias.shape
+    shape = bias.shape
     if o.cu_seqlens_q is None:
         return row[..., None].sum_to_size(shape)  # from (B, Hq, Sq, 1)
     entries, _, queries, _ = shape

@@ -91,13 +91,13 @@ def lower(mask: Any) -> Lowered:
 
 def collect(
     q: Tensor,
-    geometry: tuple[Any, ...],
-    mask: Mask | None,
-    bias: Tensor | None,
-    softcap: float,
-    sink_logits: Tensor | None,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
+    geometry: tuple[Tensor | None, Tensor | None, float | None, bool, bool],
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Options:
     """The options of a public call; `geometry` is the first five of them."""
     lowered = Lowered() if mask is None else lower(mask)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkern.ops._attention_option_samples import bad_option_samples, option_samples
+from effkern.ops._attention_options import Options, collect
 from effkern.ops.registry import BadSample, Sample
 
 
@@ -53,25 +55,29 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         Sample("one query", _tensors(device, dtype, (2, 4, 1, 64), (2, 1, 130, 64)), {"causal": True}),
         Sample("no keys", _tensors(device, dtype, (1, 2, 3, 8), (1, 2, 0, 8))),
         Sample("empty batch", _tensors(device, dtype, (0, 2, 3, 8), (0, 2, 4, 8))),
+        *option_samples(device, dtype),
     ]
 
 
 def calls(sample: Sample) -> list[tuple[str, tuple[Any, ...]]]:
     """The same call at the dispatcher, forward and backward."""
     q, k, v = sample.args
-    options = (
-        sample.kwargs.get("cu_seqlens_q"),
-        sample.kwargs.get("cu_seqlens_k"),
-        sample.kwargs.get("scale"),
-        sample.kwargs.get("causal", False),
-        sample.kwargs.get("align", "bottom_right") == "top_left",
+    given = dict(sample.kwargs)
+    geometry = (
+        given.pop("cu_seqlens_q", None),
+        given.pop("cu_seqlens_k", None),
+        given.pop("scale", None),
+        given.pop("causal", False),
+        given.pop("align", "bottom_right") == "top_left",
     )
+    options = collect(q, geometry, **given) if given else Options(*geometry)
     with torch.no_grad():
         out, lse = torch.ops.effkern.attention(q, k, v, *options)
     grads = torch.cos(out), torch.ones_like(lse)
+    bias_grad = options.bias is not None and options.bias.shape[-1] > 1
     return [
         ("attention", (q, k, v, *options)),
-        ("attention_backward", (*grads, q, k, v, out, lse, *options)),
+        ("attention_backward", (*grads, q, k, v, out, lse, *options, bias_grad)),
         ("attention_backward", (grads[0], None, q, k, v, out, lse, *options)),
     ]
 
@@ -149,4 +155,5 @@ def bad_samples(device: str) -> list[BadSample]:
         packed(
             "negative cu_seqlens", "cu_seqlens_k must not decrease, got 0 then -2", cu(0, 2, 6), cu(0, -2, 6)
         ),
+        *bad_option_samples(device),
     ]

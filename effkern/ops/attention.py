@@ -250,5 +250,6 @@ registry.register(
         flops=attention_flops,
         bytes=attention_bytes,
         double_backward=DOUBLE_BACKWARD,
+        constants=("alibi_slopes",),
     )
 )

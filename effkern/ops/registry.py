@@ -62,6 +62,7 @@ class OpSpec:
     flops: Callable[..., int]
     bytes: Callable[..., int]
     double_backward: str  # what the error of a second differentiation must say
+    constants: tuple[str, ...] = ()  # floating arguments, given by keyword, that have no gradient
 
 
 _SPECS: dict[str, OpSpec] = {}
