@@ -69,7 +69,7 @@ def option_samples(device: str, dtype: torch.dtype) -> list[Sample]:
 
 def bad_option_samples(device: str) -> list[BadSample]:
     q = torch.ones(2, 4, 20, 8, device=device)
-    packed = {
+    packed: dict[str, Any] = {
         name: torch.tensor([0, 8, 20], dtype=torch.int32, device=device)
         for name in ("cu_seqlens_q", "cu_seqlens_k")
     }

@@ -118,9 +118,8 @@ def collect(
         )
         alibi_slopes = alibi_slopes.to(torch.float32)
     seed = new_dropout_seed(q.device) if dropout_p != 0.0 else None
-    return Options(
-        *geometry, *lowered, bias, float(softcap), sink_logits, alibi_slopes, float(dropout_p), seed
-    )
+    terms = bias, float(softcap), sink_logits, alibi_slopes, float(dropout_p), seed
+    return Options._make((*geometry, *lowered, *terms))
 
 
 def _check_table(
