@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from effkern import _lib, backends
+from effkern.ops import _attention_gradient as gradient
 from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, check_arguments, check_offsets
 from effkern.ops._attention_cost import backward_formula, forward_formula
-from effkern.ops._attention_gradient import DOUBLE_BACKWARD, refuse_gradient, register_gradient
 from effkern.ops._attention_options import Options, check_options
 from effkern.ops._dispatch import register_autocast, register_flops, register_kernel
 from effkern.reference import attention as reference
-
-__all__ = ["DOUBLE_BACKWARD", "FORWARD", "FORWARD_CUDA", "FORWARD_TRITON", "GEOMETRY"]
 
 _OPS = torch.ops.effkern
 GEOMETRY = 5  # so many options are geometry, and the only ones that attention_cuda has
@@ -181,12 +179,12 @@ for _op, _backward_op in (
     ("attention_cuda", "attention_backward"),
 ):
     torch.library.register_fake(f"effkern::{_op}", _fake_forward)
-    register_gradient(_op, _backward_op)
+    gradient.register(_op, _backward_op)
     register_autocast(_op, 3)
     register_flops(_op, forward_formula)
 for _op in ("attention_backward", "attention_triton_backward"):
     torch.library.register_fake(f"effkern::{_op}", _fake_backward)
-    torch.library.register_autograd(f"effkern::{_op}", refuse_gradient)
+    gradient.register_refusal(_op)
     register_flops(_op, backward_formula)
 
 register_kernel("attention", _cuda_forward, "CUDA")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops._attention_options import Options
+from effkern.ops._dispatch import register_gradient
 
 DOUBLE_BACKWARD = "attention: second derivatives are only available with backend='reference'"
 _BIAS, _SINKS = Options._fields.index("bias"), Options._fields.index("sink_logits")
@@ -34,7 +35,7 @@ def _options(ctx: Any, tensors: tuple[Tensor | None, ...]) -> Options:
     )
 
 
-def register_gradient(op: str, backward_op: str) -> None:
+def register(op: str, backward_op: str) -> None:
     backward = getattr(torch.ops.effkern, backward_op).default
 
     def gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -61,7 +62,7 @@ def register_gradient(op: str, backward_op: str) -> None:
             )
         return grad_q, grad_k, grad_v, *rest
 
-    torch.library.register_autograd(f"effkern::{op}", gradient, setup_context=_setup_context)
+    register_gradient(op, _setup_context, gradient)
 
 
 def _sink_share(sink_logits: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -94,5 +95,8 @@ def _row_gradient(bias: Tensor, o: Options, lse: Tensor, grad_lse: Tensor | None
     return sums.t()[..., None, None].sum_to_size(shape)
 
 
-def refuse_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(DOUBLE_BACKWARD)
+def register_refusal(op: str) -> None:
+    def refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(DOUBLE_BACKWARD)
+
+    register_gradient(op, lambda ctx, inputs, output: None, refuse)

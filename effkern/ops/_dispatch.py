@@ -66,6 +66,39 @@ def register_autocast(op: str, count: int | None = None) -> None:
         register(device)
 
 
+def register_gradient(
+    op: str,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """What `torch.library.register_autograd` does, without looking up every default in the schema at every call, which
+    costs more than the call. `setup_context` gets the arguments as given: trailing defaults are missing, and `backward`
+    returns as many gradients."""
+    overload = getattr(torch.ops.effkern, op).default
+    after = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keys = args
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload.redispatch(keys & after, *inputs)
+        setup_context(ctx, tuple(inputs), output)
+        return output
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *grads), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    function: Any = type(f"Gradient_{op}", (torch.autograd.Function,), methods)
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keys)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & after, *args)
+
+    LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Ops with a registered backward drop forward-mode tangents in silence: an error instead."""
     if forward_ad._current_level >= 0 and any(

@@ -13,7 +13,6 @@ from effkern.ops import registry
 from effkern.ops._attention_checks import FAST_DTYPES, check_arguments, check_tensors
 from effkern.ops._attention_cost import attention_bytes, attention_flops
 from effkern.ops._attention_dispatch import (
-    DOUBLE_BACKWARD,
     FORWARD,
     FORWARD_CUDA,
     FORWARD_TRITON,
@@ -24,6 +23,7 @@ from effkern.ops._attention_dispatch import (
     sizes,
     triton_refusal,
 )
+from effkern.ops._attention_gradient import DOUBLE_BACKWARD
 from effkern.ops._attention_options import Options, collect
 from effkern.ops._attention_samples import bad_samples, calls, samples
 from effkern.ops._dispatch import autocast_dtype, refuse_forward_mode
