@@ -12,6 +12,10 @@
   "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " ATTENTION_OPTIONS \
   ", bool bias_grad=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor delta)"
 
+#define ATTENTION_DECODE                                                                       \
+  "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table=None, " \
+  "float? scale=None, int[] bands=[], float softcap=0.0, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
   m.def("attention_backward" ATTENTION_BACKWARD);
@@ -20,4 +24,10 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def(
       "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "float? scale=None, bool causal=False, bool top_left=False) -> (Tensor out, Tensor lse)");
+  m.def("attention_decode" ATTENTION_DECODE);
+  m.def("attention_decode_triton" ATTENTION_DECODE);
+  m.def("attention_merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_merge_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
+      "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)");
 }

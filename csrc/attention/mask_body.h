@@ -74,8 +74,8 @@ static uint32_t visible_bits(const Mask& mask, int64_t query, int64_t begin) {
 }
 
 // Minus infinity where the mask hides the key from the query. Lanes beyond `queries` stay as they are.
-static void mask_scores(float* s, int64_t lanes, const Mask& mask, int64_t first_query, int64_t queries,
-                        int64_t key_begin, int64_t count) {
+static inline void mask_scores(float* s, int64_t lanes, const Mask& mask, int64_t first_query, int64_t queries,
+                               int64_t key_begin, int64_t count) {
   uint32_t words[kMaxQueryTile];
   for (int64_t key = 0; key < count; key += kWordKeys) {
     for (int64_t lane = 0; lane < lanes; ++lane)

@@ -8,6 +8,7 @@
 
 #include "attention/checks.h"
 #include "attention/kernel.h"
+#include "core/buffer.h"
 #include "core/cpu/isa.h"
 #include "core/parallel.h"
 
@@ -28,25 +29,6 @@ inline const Kernels& select_kernels(ScalarType dtype) {
 #endif
   return kernels_scalar(kind);
 }
-
-// A byte buffer from torch's allocator, so that profilers and memory limits see it.
-struct Buffer {
-  std::optional<Tensor> storage;
-  char* data = nullptr;
-  int64_t capacity = 0;
-
-  // At least `bytes`; what was inside is lost where it has to grow.
-  void reserve(int64_t bytes) {
-    if (bytes <= capacity) return;
-    capacity = bytes;
-    const int64_t size[1] = {bytes + 64};
-    storage = torch::stable::empty({size, 1}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(storage->mutable_data_ptr());
-    data = reinterpret_cast<char*>((address + 63) / 64 * 64);
-  }
-};
-
-inline int64_t round_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
