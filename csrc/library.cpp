@@ -4,7 +4,7 @@
 // What a call of attention may carry beside q, k and v: geometry, mask terms (effkern/masks.py), score terms, dropout.
 #define ATTENTION_OPTIONS                                                                                             \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float? scale=None, bool causal=False, bool top_left=False, " \
-  "int[] bands=[], int[] groups=[], Tensor? layout=None, int block=0, Tensor? ids=None, Tensor? visible=None, "       \
+  "int[]? bands=None, int[]? groups=None, Tensor? layout=None, int block=0, Tensor? ids=None, Tensor? visible=None, " \
   "Tensor? bias=None, float softcap=0.0, Tensor? sink_logits=None, Tensor? alibi_slopes=None, float dropout_p=0.0, "  \
   "Tensor? dropout_seed=None"
 #define ATTENTION_FORWARD "(Tensor q, Tensor k, Tensor v, " ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse)"
@@ -14,7 +14,7 @@
 
 #define ATTENTION_DECODE                                                                       \
   "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table=None, " \
-  "float? scale=None, int[] bands=[], float softcap=0.0, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)"
+  "float? scale=None, int[]? bands=None, float softcap=0.0, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)"
 
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);

@@ -16,6 +16,8 @@ _lib.load()
 from effkern import backends, masks, nn, ops, reference, testing  # noqa: E402
 from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
+from effkern.ops.attention_decode import attention_decode  # noqa: E402
+from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
 
 registry.discover()
 
@@ -24,4 +26,16 @@ try:
 except PackageNotFoundError:  # a source tree on the path that was never installed
     __version__ = "0+source"
 
-__all__ = ["__version__", "attention", "backends", "masks", "nn", "ops", "reference", "testing"]
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_decode",
+    "attention_merge",
+    "backends",
+    "lambda_attention",
+    "masks",
+    "nn",
+    "ops",
+    "reference",
+    "testing",
+]

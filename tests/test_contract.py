@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import effkern
 from effkern import backends
@@ -21,6 +21,9 @@ from effkern.ops import registry
 registry.discover()
 SPECS = registry.specs()
 every_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+every_differentiable_op = pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.double_backward], ids=lambda spec: spec.name
+)
 every_sample = pytest.mark.parametrize(
     ("spec", "name"),
     [
@@ -74,18 +77,23 @@ def run(spec: registry.OpSpec, sample: registry.Sample, **kwargs: Any) -> list[T
     return tensors(spec.public(*sample.args, **sample.kwargs, **kwargs))
 
 
-def with_leaves(sample: registry.Sample, constants: tuple[str, ...] = ()) -> registry.Sample:
+def with_leaves(spec: registry.OpSpec, sample: registry.Sample) -> registry.Sample:
     """A sample whose floating tensors are leaves, but for the keyword arguments that take no gradient."""
+
+    if not spec.double_backward:
+        return sample
 
     def leaf(value: Tensor) -> Tensor:
         return value.detach().requires_grad_() if value.is_floating_point() else value
 
-    kwargs = {k: v if k in constants else map_tensors(leaf, v) for k, v in sample.kwargs.items()}
+    kwargs = {k: v if k in spec.constants else map_tensors(leaf, v) for k, v in sample.kwargs.items()}
     return registry.Sample(sample.name, map_tensors(leaf, sample.args), kwargs)
 
 
 def gradients(spec: registry.OpSpec, sample: registry.Sample, function: Callable[..., Any]) -> list[Tensor]:
     torch.manual_seed(0)
+    if not spec.double_backward:
+        return tensors(function(*sample.args, **sample.kwargs))
     outputs = floating(function(*sample.args, **sample.kwargs))
     inputs = [t for t in floating((sample.args, sample.kwargs)) if t.requires_grad]
     return list(torch.autograd.grad(sum(o.float().cos().sum() for o in outputs), inputs))  # type: ignore[arg-type]
@@ -117,7 +125,7 @@ def test_every_schema_belongs_to_an_op() -> None:
 def test_opcheck(spec: registry.OpSpec, name: str, device: str) -> None:
     for op, args in spec.calls(get(spec, name, device)):
         if "backward" not in op:
-            args = with_leaves(registry.Sample(op, args)).args
+            args = with_leaves(spec, registry.Sample(op, args)).args
         torch.library.opcheck(getattr(torch.ops.effkern, op).default, args)
 
 
@@ -205,18 +213,28 @@ def test_meta_and_fake_shapes(spec: registry.OpSpec, name: str) -> None:
 @every_sample
 def test_autocast(spec: registry.OpSpec, name: str, device: str) -> None:
     """float32 inputs behave as if cast by hand; the gradients come back in float32; float64 stays."""
+    if not spec.autocast:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            sample = get(spec, name, device, torch.float32)
+            same(run(spec, sample), run(spec, sample))
+            assert run(spec, sample)[0].dtype == torch.float32
+        return
     sample = get(spec, name, device, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
-        cast = registry.Sample(name, tuple(t.to(dtype) for t in sample.args), sample.kwargs)
+        cast = registry.Sample(
+            name,
+            map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, sample.args),  # noqa: B023
+            sample.kwargs,
+        )
         with torch.autocast(device, dtype=dtype):
             outputs = run(spec, sample)
             plain = run(spec, sample, backend="reference")
         same(outputs, run(spec, cast))
         assert outputs[0].dtype == plain[0].dtype == dtype
     with torch.autocast(device, dtype=torch.bfloat16):
-        grads = gradients(spec, with_leaves(sample, spec.constants), spec.public)
+        grads = gradients(spec, with_leaves(spec, sample), spec.public)
         wide = run(spec, get(spec, name, device, torch.float64))
-    assert all(g.dtype == torch.float32 for g in grads)
+    assert not spec.double_backward or all(g.dtype == torch.float32 for g in grads)
     assert wide[0].dtype == torch.float64
 
 
@@ -235,59 +253,60 @@ def test_clear_error(spec: registry.OpSpec, name: str, device: str) -> None:
 def test_bad_devices(spec: registry.OpSpec) -> None:
     """A mix of devices names the argument that stands elsewhere (meta stands in for a second device)."""
     sample = spec.samples("cpu", spec.dtypes[0])[0]
-    for i in range(1, len(sample.args)):
-        args = list(sample.args)
-        args[i] = args[i].to("meta")
+    leaves, structure = tree_flatten(sample.args)
+    for i in range(1, len(leaves)):
+        args = tree_unflatten([t.to("meta") if i == j else t for j, t in enumerate(leaves)], structure)
         with pytest.raises(RuntimeError, match=r"is on (another device|meta)"):
             spec.public(*args, **sample.kwargs)
 
 
-@every_op
+@every_differentiable_op
 def test_second_and_forward_derivatives_refuse(spec: registry.OpSpec, device: str) -> None:
-    sample = with_leaves(spec.samples(device, spec.dtypes[0])[0])
+    sample = with_leaves(spec, spec.samples(device, spec.dtypes[0])[0])
     inputs = floating(sample.args)
     grads = torch.autograd.grad(run(spec, sample)[0].cos().sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match=spec.double_backward):
         torch.autograd.grad(sum(g.cos().sum() for g in grads), inputs)  # type: ignore[arg-type]
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        args = [torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)) for t in sample.args]
+        args = tree_map(lambda t: torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)), sample.args)
         with pytest.raises(NotImplementedError, match="forward-mode"):
             spec.public(*args, **sample.kwargs)
 
 
-@every_op
+@every_differentiable_op
 def test_reference_has_every_derivative(spec: registry.OpSpec, device: str) -> None:
-    sample = with_leaves(spec.samples(device, torch.float64)[0])
+    sample = with_leaves(spec, spec.samples(device, torch.float64)[0])
     inputs = floating(sample.args)
     out = run(spec, sample, backend="reference")[0]
     grads = torch.autograd.grad(out.cos().sum(), inputs, create_graph=True)
     assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.cos().sum() for g in grads), inputs))  # type: ignore[arg-type]
 
-    def loss(first: Tensor) -> Tensor:
-        rest = [t.detach() for t in sample.args[1:]]
-        return tensors(spec.public(first, *rest, **sample.kwargs, backend="reference"))[0].cos().sum()
+    leaves, structure = tree_flatten(sample.args)
 
-    first = sample.args[0].detach()
+    def loss(first: Tensor) -> Tensor:
+        args = tree_unflatten([first, *(t.detach() for t in leaves[1:])], structure)
+        return tensors(spec.public(*args, **sample.kwargs, backend="reference"))[0].cos().sum()
+
+    first = leaves[0].detach()
     torch.testing.assert_close(torch.func.grad(loss)(first), grads[0].detach())
     _, slope = torch.func.jvp(loss, (first,), (torch.ones_like(first),))
     torch.testing.assert_close(slope, grads[0].detach().sum())
 
 
-@every_op
+@every_differentiable_op
 def test_any_subset_of_gradients(spec: registry.OpSpec, device: str) -> None:
     sample = spec.samples(device, spec.dtypes[0])[0]
-    everything = gradients(spec, with_leaves(sample), spec.public)
-    for i in range(len(sample.args)):
-        args = [t.detach().requires_grad_(i == j) for j, t in enumerate(sample.args)]
-        same(
-            gradients(spec, registry.Sample("one", tuple(args), sample.kwargs), spec.public), [everything[i]]
-        )
+    everything = gradients(spec, with_leaves(spec, sample), spec.public)
+    leaves, structure = tree_flatten(sample.args)
+    for i in range(len(leaves)):
+        args = tree_unflatten([t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)], structure)
+        same(gradients(spec, registry.Sample("one", args, sample.kwargs), spec.public), [everything[i]])
 
 
 @every_sample
 def test_compiles_without_a_break(spec: registry.OpSpec, name: str, device: str) -> None:
     torch._dynamo.reset()
-    sample = with_leaves(get(spec, name, device), spec.constants)
+    sample = with_leaves(spec, get(spec, name, device))
     compiled = torch.compile(spec.public, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.manual_seed(0)
     same(tensors(compiled(*sample.args, **sample.kwargs)), run(spec, sample))
@@ -302,8 +321,8 @@ def test_one_graph_for_every_size(spec: registry.OpSpec, device: str) -> None:
     sample = spec.samples(device, spec.dtypes[0])[0]
     compilations = []
     for repeat in (1, 2, 3):
-        args = tuple(torch.cat([t] * repeat) for t in sample.args)
-        grown = with_leaves(registry.Sample("grown", args, sample.kwargs))
+        args = map_tensors(lambda t: torch.cat([t] * repeat), sample.args)  # noqa: B023
+        grown = with_leaves(spec, registry.Sample("grown", args, sample.kwargs))
         same(gradients(spec, grown, compiled), gradients(spec, grown, spec.public))
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1, "a size led to another graph"
@@ -321,8 +340,9 @@ def test_compiled_code_follows_force_and_autocast(spec: registry.OpSpec, device:
         out = tensors(compiled(*sample.args, **sample.kwargs))[0]
     assert backends.last() == path, "the reference is traced, no op runs"
     torch.testing.assert_close(out, run(spec, sample)[0])
-    with torch.autocast(device, dtype=torch.bfloat16):
-        assert tensors(compiled(*sample.args, **sample.kwargs))[0].dtype == torch.bfloat16
+    if spec.autocast:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert tensors(compiled(*sample.args, **sample.kwargs))[0].dtype == torch.bfloat16
 
 
 class Call(torch.nn.Module):
@@ -330,13 +350,13 @@ class Call(torch.nn.Module):
         super().__init__()
         self.spec, self.kwargs = spec, sample.kwargs
 
-    def forward(self, *args: Tensor) -> Any:
+    def forward(self, *args: Any) -> Any:
         return self.spec.public(*args, **self.kwargs)
 
 
 def export(spec: registry.OpSpec, sample: registry.Sample) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=2, max=1024)
-    dynamic = (tuple({0: batch} for _ in sample.args),)
+    dynamic = (tree_map(lambda _: {0: batch}, sample.args),)
     program = torch.export.export(Call(spec, sample).eval(), sample.args, dynamic_shapes=dynamic)
     assert any("effkern" in str(node.target) for node in program.graph.nodes)
     return program
@@ -346,7 +366,7 @@ def export(spec: registry.OpSpec, sample: registry.Sample) -> torch.export.Expor
 def test_export(spec: registry.OpSpec, device: str) -> None:
     sample = spec.samples(device, spec.dtypes[0])[0]
     program = export(spec, sample)
-    args = tuple(torch.cat([t, t.flip(0)[:1]]) for t in sample.args)
+    args = map_tensors(lambda t: torch.cat([t, t.flip(0)[:1]]), sample.args)
     same(tensors(program.module()(*args)), tensors(spec.public(*args, **sample.kwargs)))
 
 
@@ -363,7 +383,7 @@ def test_inductor_and_aot_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     loaded = torch._inductor.aoti_load_package(package)
     args = tuple(torch.cat([t, t]) for t in sample.args)
     same(tensors(loaded(*args)), tensors(spec.public(*args, **sample.kwargs)))
-    sample = with_leaves(sample)
+    sample = with_leaves(spec, sample)
     same(
         gradients(spec, sample, torch.compile(spec.public, fullgraph=True)),
         gradients(spec, sample, spec.public),
@@ -373,13 +393,17 @@ def test_inductor_and_aot_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
 @every_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(spec: registry.OpSpec, device: str) -> None:
-    """There is no batching rule: torch.vmap loops, and says so, but is right."""
+    """There is no batching rule: torch.vmap loops, and says so, but is right. Where it cannot loop, the reference can."""
+    how = {} if spec.vmap else {"backend": "reference"}
     sample = spec.samples(device, spec.dtypes[0])[0]
-    stacked = tuple(torch.stack([t, t.flip(0), -t]) for t in sample.args)
-    outputs = torch.vmap(lambda *a: spec.public(*a, **sample.kwargs))(*stacked)
+    stacked = map_tensors(
+        lambda t: torch.stack([t, t.flip(0), -t if t.is_floating_point() else t]), sample.args
+    )
+    outputs = torch.vmap(lambda *a: spec.public(*a, **sample.kwargs, **how))(*stacked)
     for i in range(3):
         same(
-            [o[i] for o in tensors(outputs)], tensors(spec.public(*(t[i] for t in stacked), **sample.kwargs))
+            [o[i] for o in tensors(outputs)],
+            tensors(spec.public(*map_tensors(lambda t: t[i], stacked), **sample.kwargs, **how)),  # noqa: B023
         )
 
 
@@ -418,9 +442,12 @@ def test_flops_are_counted(spec: registry.OpSpec, device: str) -> None:
 
     for sample in spec.samples(device, spec.dtypes[0]):
         with FlopCounterMode(display=False) as counter:
-            sum(o.float().sum() for o in run(spec, with_leaves(sample, spec.constants))).backward()  # type: ignore[union-attr]
+            total = sum(o.float().sum() for o in run(spec, with_leaves(spec, sample)))
+            if spec.double_backward:
+                total.backward()  # type: ignore[union-attr]
         counted = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
         assert counted.get(f"effkern.{spec.name}", 0) == spec.flops(*sample.args, **sample.kwargs)
-        backward = spec.flops(*sample.args, **sample.kwargs, backward=True)
-        assert counted.get(f"effkern.{spec.name}_backward", 0) == backward
+        if spec.double_backward:
+            backward = spec.flops(*sample.args, **sample.kwargs, backward=True)
+            assert counted.get(f"effkern.{spec.name}_backward", 0) == backward
         assert spec.bytes(*sample.args, **sample.kwargs) >= sum(t.nbytes for t in floating(sample.args))

@@ -89,15 +89,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                          std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
                                          std::optional<double> scale, bool causal, bool top_left,
-                                         std::vector<int64_t> bands, std::vector<int64_t> groups,
-                                         std::optional<Tensor> layout, int64_t block, std::optional<Tensor> ids,
-                                         std::optional<Tensor> visible, std::optional<Tensor> bias, double softcap,
-                                         std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes,
-                                         double dropout_p, std::optional<Tensor> dropout_seed) {
+                                         std::optional<std::vector<int64_t>> bands,
+                                         std::optional<std::vector<int64_t>> groups, std::optional<Tensor> layout,
+                                         int64_t block, std::optional<Tensor> ids, std::optional<Tensor> visible,
+                                         std::optional<Tensor> bias, double softcap, std::optional<Tensor> sink_logits,
+                                         std::optional<Tensor> alibi_slopes, double dropout_p,
+                                         std::optional<Tensor> dropout_seed) {
   return forward(q, k, v,
-                 {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left, std::move(bands),
-                  std::move(groups), std::move(layout), block, std::move(ids), std::move(visible), std::move(bias),
-                  softcap, std::move(sink_logits), std::move(alibi_slopes), dropout_p, std::move(dropout_seed)});
+                 {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left,
+                  bands.value_or(std::vector<int64_t>{}), groups.value_or(std::vector<int64_t>{}), std::move(layout),
+                  block, std::move(ids), std::move(visible), std::move(bias), softcap, std::move(sink_logits),
+                  std::move(alibi_slopes), dropout_p, std::move(dropout_seed)});
 }
 
 }  // namespace

@@ -191,16 +191,16 @@ Gradients backward(const Tensor& grad_out_in, const std::optional<Tensor>& grad_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-    std::optional<double> scale, bool causal, bool top_left, std::vector<int64_t> bands, std::vector<int64_t> groups,
-    std::optional<Tensor> layout, int64_t block, std::optional<Tensor> ids, std::optional<Tensor> visible,
-    std::optional<Tensor> bias, double softcap, std::optional<Tensor> sink_logits, std::optional<Tensor> alibi_slopes,
-    double dropout_p, std::optional<Tensor> dropout_seed, bool bias_grad) {
-  Gradients grads =
-      backward(grad_out, grad_lse, q, k, v, out, lse,
-               {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left, std::move(bands),
-                std::move(groups), std::move(layout), block, std::move(ids), std::move(visible), std::move(bias),
-                softcap, std::move(sink_logits), std::move(alibi_slopes), dropout_p, std::move(dropout_seed)},
-               bias_grad);
+    std::optional<double> scale, bool causal, bool top_left, std::optional<std::vector<int64_t>> bands,
+    std::optional<std::vector<int64_t>> groups, std::optional<Tensor> layout, int64_t block, std::optional<Tensor> ids,
+    std::optional<Tensor> visible, std::optional<Tensor> bias, double softcap, std::optional<Tensor> sink_logits,
+    std::optional<Tensor> alibi_slopes, double dropout_p, std::optional<Tensor> dropout_seed, bool bias_grad) {
+  Gradients grads = backward(grad_out, grad_lse, q, k, v, out, lse,
+                             {std::move(cu_seqlens_q), std::move(cu_seqlens_k), scale, causal, top_left,
+                              bands.value_or(std::vector<int64_t>{}), groups.value_or(std::vector<int64_t>{}),
+                              std::move(layout), block, std::move(ids), std::move(visible), std::move(bias), softcap,
+                              std::move(sink_logits), std::move(alibi_slopes), dropout_p, std::move(dropout_seed)},
+                             bias_grad);
   return {grads.q, grads.k, grads.v, grads.bias, grads.delta};
 }
 

@@ -111,9 +111,10 @@ int64_t chunk_keys(const Sizes& s) {
 
 std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                       const Tensor& cache_seqlens, std::optional<Tensor> page_table,
-                                      std::optional<double> scale, std::vector<int64_t> bands, double softcap,
-                                      std::optional<Tensor> sink_logits) {
+                                      std::optional<double> scale, std::optional<std::vector<int64_t>> band_list,
+                                      double softcap, std::optional<Tensor> sink_logits) {
   const Sizes s = check_arguments(q_in, k_in, v_in, cache_seqlens, page_table);
+  const std::vector<int64_t> bands = band_list.value_or(std::vector<int64_t>{});
   EFFKERN_CHECK(bands.size() % 3 == 0, "attention_decode: bands must hold triples (left, right, sink)");
   EFFKERN_CHECK(softcap >= 0.0 && std::isfinite(static_cast<float>(softcap)),
                 "attention_decode: softcap must be finite and at least 0, got ", softcap);

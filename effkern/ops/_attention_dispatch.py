@@ -116,7 +116,7 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
     from effkern._triton import attention as launcher
 
     backends.record("attention:triton")
-    return launcher.forward(q, k, v, **o._asdict())
+    return launcher.forward(q, k, v, **o.launch())
 
 
 def _triton_backward(
@@ -135,7 +135,7 @@ def _triton_backward(
     from effkern._triton import attention as launcher
 
     backends.record("attention_backward:triton")
-    return launcher.backward(grad_out, grad_lse, q, k, v, out, lse, **o._asdict(), bias_grad=bias_grad)
+    return launcher.backward(grad_out, grad_lse, q, k, v, out, lse, **o.launch(), bias_grad=bias_grad)
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> tuple[Tensor, Tensor]:

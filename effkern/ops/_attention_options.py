@@ -22,8 +22,8 @@ class Options(NamedTuple):
     scale: float | None = None
     causal: bool = False
     top_left: bool = False
-    bands: Sequence[int] = ()
-    groups: Sequence[int] = ()
+    bands: Sequence[int] | None = None
+    groups: Sequence[int] | None = None
     layout: Tensor | None = None
     block: int = 0
     ids: Tensor | None = None
@@ -36,7 +36,13 @@ class Options(NamedTuple):
     dropout_seed: Tensor | None = None
 
     def mask(self) -> Lowered:
-        return Lowered(tuple(self.bands), tuple(self.groups), self.layout, self.block, self.ids, self.visible)
+        return Lowered(
+            tuple(self.bands or ()), tuple(self.groups or ()), self.layout, self.block, self.ids, self.visible
+        )
+
+    def launch(self) -> dict[str, Any]:
+        """The same for a Triton launcher."""
+        return {**self._asdict(), "bands": self.bands or (), "groups": self.groups or ()}
 
     def extended(self) -> bool:
         """Whether there is more than geometry: a mask besides `causal`, a score term, dropout."""
@@ -119,7 +125,9 @@ def collect(
         alibi_slopes = alibi_slopes.to(torch.float32)
     seed = new_dropout_seed(q.device) if dropout_p != 0.0 else None
     terms = bias, float(softcap), sink_logits, alibi_slopes, float(dropout_p), seed
-    return Options._make((*geometry, *lowered, *terms))
+    # None where there are none: programs of AOTInductor cannot pass on a list without entries.
+    lists = lowered.bands or None, lowered.groups or None
+    return Options._make((*geometry, *lists, *lowered[2:], *terms))
 
 
 def _check_table(
@@ -157,9 +165,9 @@ def _check_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
 def _check_mask(o: Options, q: Tensor, k: Tensor, longest: tuple[int | None, int | None]) -> None:
     packed = o.cu_seqlens_q is not None
     entries = q.shape[0] if o.cu_seqlens_q is None else o.cu_seqlens_q.shape[0] - 1
-    count = len(o.bands)
+    count = len(o.bands or ())
     require(count % 3 == 0, f"bands must hold triples (left, right, sink), got {count} numbers")
-    for size in o.groups:
+    for size in o.groups or ():
         require(size >= 1, f"groups must be at least 1, got {size}")
     for name, table in (("layout", o.layout), ("visible", o.visible)):
         if table is None:

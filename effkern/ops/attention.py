@@ -221,9 +221,32 @@ def attention(
         refuse_forward_mode("attention", q, k, v, bias, sink_logits, alibi_slopes)
         out, lse = kernel(q, k, v, *options)
     else:
-        q, k, v = (tensor.to(autocast_dtype(tensor)) for tensor in (q, k, v))
-        out, lse = run_reference(q, k, v, Options(*options))
+        out, lse = _run_plain(q, k, v, Options(*options))
     return (out, lse) if return_lse else out
+
+
+def _run_plain(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    q, k, v = (tensor.to(autocast_dtype(tensor)) for tensor in (q, k, v))
+    return run_reference(q, k, v, options)
+
+
+def attention_in_band(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: tuple[int, int, int],
+    top_left: bool,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a single band (left, right, sink), whose ends may be negative where no public mask has any."""
+    options = Options(None, None, scale, False, top_left, band)
+    kernel = _kernel_for(q, v, backends.forced() if backend is None else backend, True)
+    if kernel is None:
+        return _run_plain(q, k, v, options)
+    refuse_forward_mode("attention", q, k, v)
+    out, lse = kernel(q, k, v, *options[: Options._fields.index("bands") + 1])
+    return out, lse
 
 
 registry.register(

@@ -61,8 +61,12 @@ class OpSpec:
     calls: Callable[[Sample], list[tuple[str, tuple[Any, ...]]]]  # the dispatcher calls a sample leads to
     flops: Callable[..., int]
     bytes: Callable[..., int]
-    double_backward: str  # what the error of a second differentiation must say
+    double_backward: (
+        str  # what the error of a second differentiation must say; "" for an op without gradients
+    )
     constants: tuple[str, ...] = ()  # floating arguments, given by keyword, that have no gradient
+    autocast: bool = True  # whether the positional arguments follow autocast
+    vmap: bool = True  # torch.vmap has no way to loop over an op with lists of tensors
 
 
 _SPECS: dict[str, OpSpec] = {}

@@ -1,0 +1,361 @@
+"""Attention of a few new queries to a key-value cache: the public function and its choice of backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkern import backends
+from effkern.masks import Lowered, Mask
+from effkern.ops import registry
+from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, dtype_name
+from effkern.ops._attention_decode_samples import bad_samples, calls, samples
+from effkern.ops._dispatch import autocast_dtype, register_autocast, register_flops, register_kernel
+from effkern.reference import attention_decode as reference
+
+__all__ = ["attention_decode", "decode_bytes", "decode_flops"]
+
+_OPS = torch.ops.effkern
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"attention_decode: {message}")
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    scale: float | None,
+    bands: Sequence[int] | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> None:
+    """What csrc/attention_decode/cpu.cpp checks, but for the values of cache_seqlens and page_table."""
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _require(t.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
+        _require(t.dtype == q.dtype, f"{name} is {dtype_name(t.dtype)} but q is {dtype_name(q.dtype)}")
+        _require(t.device == q.device, f"{name} is on {t.device}, q is on {q.device}")
+    allowed = (*FAST_DTYPES, torch.float64)
+    _require(
+        q.dtype in allowed,
+        f"q and the caches must be float32, bfloat16 or float16, got {dtype_name(q.dtype)}",
+    )
+    batch, heads = q.shape[:2]
+    _require(k_cache.shape[3] == q.shape[3], f"k_cache has head dim {k_cache.shape[3]}, q has {q.shape[3]}")
+    for name, dim in (("q", q.shape[3]), ("v_cache", v_cache.shape[3])):
+        _require(dim >= 1, f"{name} has head dim {dim}, expected 1 to {MAX_HEAD_DIM}")
+    _require(
+        v_cache.shape[:3] == k_cache.shape[:3],
+        f"v_cache has shape {tuple(v_cache.shape)}, which does not match k_cache's {tuple(k_cache.shape)}",
+    )
+    kv_heads = k_cache.shape[1]
+    divides = heads % kv_heads == 0 if kv_heads > 0 else heads == 0
+    _require(divides, f"k_cache has {kv_heads} heads, which does not divide q's {heads}")
+    _require(
+        cache_seqlens.dtype == torch.int32 and tuple(cache_seqlens.shape) == (batch,),
+        f"cache_seqlens must be int32 of shape ({batch},), got {dtype_name(cache_seqlens.dtype)} of shape "
+        f"{tuple(cache_seqlens.shape)}",
+    )
+    _require(
+        cache_seqlens.device == q.device, f"cache_seqlens is on {cache_seqlens.device}, q is on {q.device}"
+    )
+    if page_table is None:
+        _require(k_cache.shape[0] == batch, f"k_cache has batch {k_cache.shape[0]}, q has {batch}")
+    else:
+        good = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
+        _require(
+            good and page_table.device == q.device,
+            f"page_table must be int32 of shape ({batch}, pages of a sequence) on q's device, got "
+            f"{dtype_name(page_table.dtype)} of shape {tuple(page_table.shape)}",
+        )
+    if isinstance(scale, float):
+        _require(
+            math.isfinite(scale) and abs(scale) <= torch.finfo(torch.float32).max,
+            f"scale must be finite in float32, got {scale}",
+        )
+    _require(bands is None or len(bands) % 3 == 0, "bands must hold triples (left, right, sink)")
+    good = math.isfinite(softcap) and softcap >= 0.0
+    _require(good, f"softcap must be finite and at least 0, got {softcap}")
+    if sink_logits is not None:
+        shape = tuple(sink_logits.shape)
+        if shape != (heads,):
+            raise RuntimeError(
+                f"attention: sink_logits must have shape ({heads},), one number a query head, got {shape}"
+            )
+
+
+def _check_values(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
+    """What a kernel on the CPU finds out for itself."""
+    size = k_cache.shape[2]
+    capacity = size if page_table is None else size * page_table.shape[1]
+    for entry, length in enumerate(cache_seqlens.tolist()):
+        _require(
+            0 <= length <= capacity,
+            f"cache_seqlens[{entry}] is {length}, the cache holds 0 to {capacity}",
+        )
+        if page_table is None:
+            continue
+        for page, number in enumerate(page_table[entry, : -(-length // size)].tolist()):
+            _require(
+                0 <= number < k_cache.shape[0],
+                f"page_table[{entry}, {page}] is {number}, there are {k_cache.shape[0]} pages",
+            )
+
+
+def _pairs(q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> int:
+    """Visible pairs of all heads without a window; the whole cache where the lengths are not known."""
+    batch, heads, queries = q.shape[:3]
+    capacity = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+    if cache_seqlens.is_meta or isinstance(cache_seqlens, torch._subclasses.FakeTensor):
+        return batch * heads * queries * capacity
+    seen = cache_seqlens.long()[:, None] - torch.arange(queries, device=cache_seqlens.device)
+    return heads * int(seen.clamp(min=0).sum())
+
+
+def decode_flops(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    **_: Any,
+) -> int:
+    """2 (D + Dv) for every pair of a query and a valid key; a window sees fewer."""
+    pairs = _pairs(q, k_cache, cache_seqlens, page_table)
+    return pairs * 2 * (q.shape[3] + v_cache.shape[3])
+
+
+def decode_bytes(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, **_: Any) -> int:
+    """The caches, the queries and the results once."""
+    rows = q.numel() // q.shape[3]
+    return sum(t.nbytes for t in (q, k_cache, v_cache)) + rows * (v_cache.shape[3] * q.element_size() + 4)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest queries to a key-value cache, for inference: every key and value is read once.
+
+        z = softcap(scale * q k^T), key j visible to query i when j <= cache_seqlens - Sq + i and the mask shows it
+        lse = log(sum_j exp(z_j) + exp(sink))          out = exp(z - lse) v
+
+    The keys of a sequence are split into chunks that run in parallel and are merged by their log-sum-exps.
+
+    Args:
+        q: (B, Hq, Sq, D), the newest Sq positions; float32, bfloat16 or float16; float64 through the reference. Made
+            for small Sq, right for any.
+        k_cache: (B, Hkv, capacity, D), or in pages (pages, Hkv, page, D) with page_table. Hkv divides Hq.
+        v_cache: (B, Hkv, capacity, Dv), or (pages, Hkv, page, Dv). D and Dv from 1 to 256.
+        cache_seqlens: int32 (B,) on q's device: valid keys of every sequence, the new ones included. Nothing behind
+            them is read. On a GPU the values are not read back, and wrong ones give wrong numbers.
+        page_table: int32 (B, pages of a sequence): where each stretch of `page` keys of a sequence lies. Any page
+            size; entries behind the last valid key may hold anything.
+        mask: `SlidingWindow`, `Lambda`, or several of them joined by `&`; keys outside cost nothing.
+        scale: finite factor of the scores; None is D ** -0.5.
+        softcap: c of c * tanh(s / c), finite and at least 0; 0 is off.
+        sink_logits: (Hq,), q's dtype or float32: one more logit a head in the denominator.
+        return_lse: also return lse.
+        backend: "cpu", "triton" or "reference"; None leaves the choice to `effkern.backends`.
+
+    Returns:
+        out (B, Hq, Sq, Dv), contiguous, in q's dtype; with `return_lse` also lse (B, Hq, Sq), natural logarithm,
+        float32 (float64 for float64). A query that sees no key gives out 0 and lse -inf (the sink, where there is one).
+
+    Raises:
+        TypeError: an argument is not a tensor, or mask is not one of `effkern.masks`.
+        ValueError: the mask has terms other than windows and sinks.
+        NotImplementedError: a gradient is asked for; `effkern.attention` has one.
+        RuntimeError: shapes, dtypes, devices, lengths or pages do not fit; the message names the argument, what was
+            expected and what came.
+        effkern.backends.Unavailable: the backend asked for cannot run.
+
+    Numerics:
+        Scores and sums in float32. Deterministic: the chunks depend on the shapes alone, so the bits do not depend on
+        the number of threads. Under autocast q and the caches are cast to the autocast dtype.
+
+    Cost:
+        `decode_flops`, `decode_bytes`: bound by reading the cache.
+
+    Source:
+        Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention), section 4.1, for pages.
+    """
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("cache_seqlens", cache_seqlens)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"attention_decode: {name} must be a tensor, got {type(t).__name__}")
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"attention_decode: mask must be one of effkern.masks, got {type(mask).__name__}")
+    lowered = Lowered() if mask is None else mask.lower()
+    if lowered != Lowered(bands=lowered.bands):
+        raise ValueError(f"attention_decode: mask must be made of SlidingWindow and Lambda, got {mask!r}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        raise NotImplementedError(
+            "attention_decode: there is no gradient; use effkern.attention, or torch.no_grad()"
+        )
+    name = backends.forced() if backend is None else backend
+    if name is not None:
+        backends.check_name(name)
+    options = page_table, scale, list(lowered.bands) or None, float(softcap), sink_logits
+    if q.dim() < 4 or v_cache.dim() < 4:
+        _check(q, k_cache, v_cache, cache_seqlens, *options)
+    kernel = _kernel_for(q, v_cache, name)
+    if kernel is not None:
+        out, lse = kernel(q, k_cache, v_cache, cache_seqlens, *options)
+    else:
+        q, k_cache, v_cache = (t.to(autocast_dtype(t)) for t in (q, k_cache, v_cache))
+        out, lse = _run_reference(q, k_cache, v_cache, cache_seqlens, *options)
+    return (out, lse) if return_lse else out
+
+
+def _sizes(q: Tensor, v_cache: Tensor) -> dict[str, int]:
+    return {"head_dim": q.shape[3], "value_dim": v_cache.shape[3]}
+
+
+def _kernel_for(q: Tensor, v_cache: Tensor, name: str | None) -> Any:
+    """The dispatcher op for a request, None for the reference."""
+    device, sizes = q.device.type, _sizes(q, v_cache)
+    if name is None:
+        if device == "cpu":
+            return _OPS.attention_decode.default if _cpu_refusal(device, q.dtype, sizes) is None else None
+        return _OPS.attention_decode.default if q.dtype in FAST_DTYPES else None
+    if name == "reference":
+        return None
+    backends.select("attention_decode", device, q.dtype, sizes, name)
+    return _OPS.attention_decode_triton.default if name == "triton" else _OPS.attention_decode.default
+
+
+def _run_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    _check(q, k_cache, v_cache, cache_seqlens, *options)
+    page_table, scale, bands, softcap, sink_logits = options
+    if not torch.compiler.is_compiling():
+        _check_values(k_cache, cache_seqlens, page_table)
+    backends.record("attention_decode:reference")
+    return reference.attention_decode(
+        *(q, k_cache, v_cache, cache_seqlens),
+        page_table=page_table,
+        scale=scale,
+        bands=bands or (),
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+
+
+def _fill(
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    bands: Sequence[int] | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """The optional arguments of the schema, in its order."""
+    return page_table, scale, bands, softcap, sink_logits
+
+
+def _fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    _check(q, k_cache, v_cache, cache_seqlens, *_fill(*rest, **named))
+    rows = q.shape[:-1]
+    return q.new_empty((*rows, v_cache.shape[3])), q.new_empty(rows, dtype=torch.float32)
+
+
+def _triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    options = _fill(*rest, **named)
+    _check(q, k_cache, v_cache, cache_seqlens, *options)
+    backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache), "triton")
+    from effkern._triton import attention_decode as launcher
+
+    backends.record("attention_decode:triton")
+    page_table, scale, bands, softcap, sink_logits = options
+    return launcher.decode(
+        q, k_cache, v_cache, cache_seqlens, page_table, scale, tuple(bands or ()), softcap, sink_logits
+    )
+
+
+def _cuda(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    """The key CUDA of `attention_decode`: Triton, else the reference."""
+    name = backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache))
+    run = _run_reference if name == "reference" else _triton
+    return run(q, k_cache, v_cache, cache_seqlens, *_fill(*rest, **named))
+
+
+def _cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    if dtype not in FAST_DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype_name(dtype)}"
+    if not (1 <= sizes["head_dim"] <= MAX_HEAD_DIM and 1 <= sizes["value_dim"] <= MAX_HEAD_DIM):
+        return f"head dims go from 1 to {MAX_HEAD_DIM}, got {sizes['head_dim']} and {sizes['value_dim']}"
+    return None
+
+
+def _triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    from effkern._triton import attention_decode as launcher
+
+    return launcher.supports(torch.device(device), dtype, sizes["head_dim"], sizes["value_dim"])
+
+
+def _reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
+
+
+for _op in ("attention_decode", "attention_decode_triton"):
+    torch.library.register_fake(f"effkern::{_op}", _fake)
+    register_autocast(_op, 3)
+    register_flops(
+        _op,
+        lambda q, k, v, lengths, page_table=None, *_, **__: decode_flops(
+            q, k, v, lengths, page_table=page_table
+        ),
+    )
+register_kernel("attention_decode", _cuda, "CUDA")
+register_kernel("attention_decode_triton", _triton, "CPU", "CUDA")
+
+registry.register(
+    registry.OpSpec(
+        name="attention_decode",
+        family="attention",
+        public=attention_decode,
+        reference=reference.attention_decode,
+        schemas=("attention_decode", "attention_decode_triton"),
+        backends=(
+            registry.Backend("cpu", ("cpu",), _cpu_refusal),
+            registry.Backend("triton", (), _triton_refusal, note="unverified on hardware"),
+            registry.Backend("reference", (), _reference_refusal, note="plain PyTorch"),
+        ),
+        dtypes=(*FAST_DTYPES, torch.float64),
+        sizes={"head_dim": 128, "value_dim": 128},
+        samples=samples,
+        bad_samples=bad_samples,
+        calls=calls,
+        flops=decode_flops,
+        bytes=decode_bytes,
+        double_backward="",
+    )
+)
