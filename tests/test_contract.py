@@ -393,7 +393,7 @@ def test_inductor_and_aot_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
 @every_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(spec: registry.OpSpec, device: str) -> None:
-    """There is no batching rule: torch.vmap loops, and says so, but is right. Where it cannot loop, the reference can."""
+    """There is no batching rule: torch.vmap loops, and says so, but is right; where it cannot, the reference can."""
     how = {} if spec.vmap else {"backend": "reference"}
     sample = spec.samples(device, spec.dtypes[0])[0]
     stacked = map_tensors(
