@@ -31,7 +31,14 @@ pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 ASYNC_LOAD = {80: "LDGSTS", 90: "UTMALDG", 100: "UTMALDG"}
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 PASSES = ["attention_forward_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel"]
 
 
@@ -84,7 +91,7 @@ def record(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     from effkern._triton import attention as launcher
 
     calls: dict[str, Any] = {}
-    monkeypatch.setattr(launcher, "_architecture", lambda device: case.arch)
+    monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
     monkeypatch.setattr(launcher, "_cache_bytes", lambda device: 50 << 20)
     for name in [*PASSES, "attention_delta_kernel"]:
         monkeypatch.setattr(launcher.kernels, name, Recorder(calls, getattr(launcher.kernels, name)))
@@ -185,3 +192,71 @@ def test_delta_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = record(Case(90, 128), monkeypatch)
     code = inspect(compile_call(calls["attention_delta_kernel"], 90), tmp_path)
     assert code.stack == 0 and code.local == 0
+
+
+GENERAL = {
+    "window": dict(bands=(100, 0, 0)),
+    "blocks": dict(layout=torch.ones(1, 1, 8, 8, dtype=torch.bool), block=64),
+    "bias": dict(bias=torch.zeros(1, 8, 512, 512, dtype=torch.bfloat16)),
+    "softcap, ALiBi, sinks": dict(softcap=5.0, alibi_slopes=torch.ones(8), sink_logits=torch.ones(8)),
+    "dropout": dict(dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize(("arch", "dim"), [(80, 64), (80, 128), (90, 128), (100, 64)])
+def test_general_machine_code(
+    arch: int, dim: int, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Masks, terms and dropout: nothing spills but a few registers, most of them of the backward pass."""
+    from effkern._triton import attention as launcher
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(launcher, "architecture", lambda device: arch)
+    monkeypatch.setattr(
+        launcher.kernels, "attention_delta_kernel", Recorder(calls, launcher.kernels.attention_delta_kernel)
+    )
+    kernels = launcher.general.kernels
+    for kernel in [k for k in vars(kernels) if k.startswith("attention_general") and k.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, kernel, Recorder(calls, getattr(kernels, kernel)))
+    q, k, v = (torch.zeros(2, h, 512, dim, dtype=torch.bfloat16) for h in (8, 2, 2))
+    options = GENERAL[name]
+    out, lse = launcher.forward(q, k, v, None, None, None, True, False, **options)
+    launcher.backward(
+        out, None, q, k, v, out, lse, None, None, None, True, False, **options, bias_grad="bias" in options
+    )
+    del calls["attention_delta_kernel"]
+    assert len(calls) == (4 if "bias" in options else 3)
+    for kernel, call in calls.items():
+        code = inspect(compile_call(call, arch), tmp_path)
+        label = f"{kernel} sm{arch} D{dim} {name}"
+        report(label, code, arch)
+        assert code.stack <= (64 if "backward" in kernel else 8) and code.local == 0, (
+            f"{label} spills: {code.stack} B"
+        )
+        assert code.shared <= SHARED_LIMIT[arch], f"{label} takes {code.shared} B of shared memory"
+        assert code.opcodes[TENSOR_CORE[arch]] or code.opcodes["HMMA"], f"{label} has no tensor core product"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_decode_machine_code(arch: int, paged: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from effkern._triton import attention_decode as launcher
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(launcher, "architecture", lambda device: arch)
+    names = ("attention_decode_chunk_kernel", "attention_decode_merge_kernel")
+    for name in names:
+        monkeypatch.setattr(launcher.kernels, name, Recorder(calls, getattr(launcher.kernels, name)))
+    q = torch.zeros(2, 32, 1, 128, dtype=torch.bfloat16)
+    cache = torch.zeros(*((64, 8, 16) if paged else (2, 8, 512)), 128, dtype=torch.bfloat16)
+    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
+    lengths = torch.tensor([512, 7], dtype=torch.int32)
+    launcher.decode(q, cache, cache, lengths, table, None, (100, 0, 4), 3.0, torch.zeros(32))
+    for name in names:
+        code = inspect(compile_call(calls[name], arch), tmp_path)
+        report(f"{name} sm{arch}", code, arch)
+        assert code.stack == 0 and code.local == 0 and code.shared <= SHARED_LIMIT[arch]

@@ -8,72 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import attention_general as general
 from . import attention_kernels as kernels
-
-MAX_DIM = 256
-
-
-class Tiles(NamedTuple):
-    """Queries and keys in a tile, warps of a program, stages of the load pipeline."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-# (pass, architecture) -> {(element bytes, padded head dimension): tiles}. Chosen so that the compiled kernels fit the
-# architecture's shared memory and spill nothing (tests/test_triton_compile.py); the exceptions, a few registers each,
-# are fp32 beyond D = 64, whose split operands fill the registers, and dK/dV at D = 256 on 9.0. Timings on hardware are
-# still due. The entries of 8.0 stay below 99 KB, so that consumer parts (8.6, 8.9, 12.0) take them too.
-_TABLE: dict[tuple[str, int], dict[tuple[int, int], Tiles]] = {
-    ("forward", 80): {
-        (2, 64): Tiles(128, 64, 4, 3), (2, 128): Tiles(128, 64, 8, 3), (2, 256): Tiles(64, 32, 8, 2),
-        (4, 64): Tiles(32, 32, 4, 2), (4, 128): Tiles(32, 16, 4, 1), (4, 256): Tiles(16, 16, 4, 1),
-    },
-    ("forward", 90): {
-        (2, 64): Tiles(128, 64, 4, 3), (2, 128): Tiles(128, 128, 8, 2), (2, 256): Tiles(128, 64, 8, 2),
-        (4, 64): Tiles(64, 32, 4, 2), (4, 128): Tiles(16, 16, 4, 1), (4, 256): Tiles(16, 16, 4, 1),
-    },
-    ("forward", 100): {
-        (2, 64): Tiles(128, 64, 4, 3), (2, 128): Tiles(128, 64, 8, 3), (2, 256): Tiles(128, 32, 8, 2),
-        (4, 64): Tiles(64, 32, 4, 2), (4, 128): Tiles(16, 16, 4, 1), (4, 256): Tiles(16, 16, 4, 1),
-    },
-    ("backward_kv", 80): {
-        (2, 64): Tiles(64, 128, 8, 2), (2, 128): Tiles(64, 64, 8, 2), (2, 256): Tiles(16, 64, 8, 1),
-        (4, 64): Tiles(32, 16, 4, 1), (4, 128): Tiles(16, 16, 4, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-    ("backward_kv", 90): {
-        (2, 64): Tiles(64, 128, 8, 2), (2, 128): Tiles(64, 128, 8, 2), (2, 256): Tiles(32, 64, 8, 2),
-        (4, 64): Tiles(16, 16, 4, 1), (4, 128): Tiles(16, 16, 8, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-    ("backward_kv", 100): {
-        (2, 64): Tiles(64, 128, 8, 2), (2, 128): Tiles(64, 128, 8, 2), (2, 256): Tiles(64, 64, 8, 1),
-        (4, 64): Tiles(16, 16, 4, 1), (4, 128): Tiles(16, 16, 8, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-    ("backward_q", 80): {
-        (2, 64): Tiles(128, 64, 8, 2), (2, 128): Tiles(64, 64, 8, 2), (2, 256): Tiles(64, 32, 8, 1),
-        (4, 64): Tiles(32, 16, 4, 1), (4, 128): Tiles(16, 16, 4, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-    ("backward_q", 90): {
-        (2, 64): Tiles(128, 64, 8, 2), (2, 128): Tiles(128, 64, 8, 2), (2, 256): Tiles(64, 64, 8, 2),
-        (4, 64): Tiles(64, 16, 4, 1), (4, 128): Tiles(16, 16, 8, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-    ("backward_q", 100): {
-        (2, 64): Tiles(128, 64, 8, 2), (2, 128): Tiles(128, 64, 8, 2), (2, 256): Tiles(128, 32, 8, 1),
-        (4, 64): Tiles(64, 16, 4, 1), (4, 128): Tiles(16, 16, 8, 1), (4, 256): Tiles(16, 16, 8, 1),
-    },
-}
-
-# Where the masked loop needs more registers than a tile leaves.
-_CAUSAL: dict[tuple[str, int, int, int], Tiles] = {("forward", 80, 2, 128): Tiles(128, 32, 8, 3)}
+from .attention_tables import MAX_DIM, padded, precision, tiles
 
 
 def interpreted() -> bool:
@@ -82,7 +25,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """10 x compute capability, 0 for the interpreter."""
     if device.type != "cuda":
         return 0
@@ -95,38 +38,14 @@ def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def padded(dim: int) -> int:
-    """Head dimension as a tile sees it: the next power of two, 16 at least (the depth of a tensor-core product)."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def tiles(name: str, arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, causal: bool) -> Tiles:
-    """Tile shapes of pass `name`; `arch` is 10 x compute capability, 0 for the interpreter."""
-    if arch == 0:
-        return Tiles(16, 16, 4, 1)
-    known = 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
-    width = max(64, padded(head_dim), padded(value_dim))
-    found = _TABLE[name, known][dtype.itemsize, width]
-    return _CAUSAL.get((name, known, dtype.itemsize, width), found) if causal else found
-
-
-def precision(arch: int, dtype: torch.dtype) -> str:
-    """fp32 products run on tensor cores as six bf16 ones of operands split in three: what is dropped is below 2^-23,
-    fp32's own rounding. Three TF32 products drop 2^-21 at the same cost and hold a third more registers; exact FMA
-    (`ieee`) spills from D = 64 on."""
-    if arch == 0:
-        return "ieee"
-    return "bf16x6" if dtype == torch.float32 else "tf32"
-
-
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
     """None when the launchers take such a request, else the reason they do not."""
     if device.type == "cpu" and not knobs.runtime.interpret:
         return "triton runs on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
         return f"triton kernels need a CUDA device, not {device.type}"
-    if device.type == "cuda" and _architecture(device) < 80:
-        return f"triton kernels need compute capability 8.0 or later, not {_architecture(device) / 10}"
+    if device.type == "cuda" and architecture(device) < 80:
+        return f"triton kernels need compute capability 8.0 or later, not {architecture(device) / 10}"
     allowed = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
     if dtype not in allowed:
         return f"triton kernels take {', '.join(str(d)[6:] for d in allowed)} on {device.type}, not {str(dtype)[6:]}"
@@ -185,11 +104,15 @@ class _Problem:
         self.group = self.heads // max(self.kv_heads, 1)
         self.scale = self.dim**-0.5 if scale is None else float(scale)
         self.causal, self.top_left = causal, top_left
-        self.arch = _architecture(q.device)
+        self.arch = architecture(q.device)
         self.tma = 90 <= self.arch < 120 if use_descriptors is None else use_descriptors
 
     def device(self):
         return torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
+
+    @staticmethod
+    def tile_table(lengths: torch.Tensor, block: int, rows: int) -> torch.Tensor:
+        return _tile_table(lengths, block, rows)
 
     def empty(self) -> bool:
         """No program could be launched: no query, or no key at all."""
@@ -224,43 +147,70 @@ class _Problem:
             PRECISION=precision(self.arch, self.q.dtype), **flags, num_warps=t.warps, num_stages=t.stages)
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, *, use_descriptors=None):
-    """(out, lse) of softmax(scale q k^T) v; lse in natural log, fp32. `use_descriptors` forces or forbids TMA."""
+def _extended(bands, groups, layout, ids, visible, bias, softcap, sink_logits, alibi_slopes, dropout_p) -> bool:
+    """Whether there is more than the plain kernels know."""
+    tensors = (layout, ids, visible, bias, sink_logits, alibi_slopes)
+    return bool(bands or groups or softcap or dropout_p) or any(t is not None for t in tensors)
+
+
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, bands=(), groups=(), layout=None, block=0,
+            ids=None, visible=None, bias=None, softcap=0.0, sink_logits=None, alibi_slopes=None, dropout_p=0.0,
+            dropout_seed=None, *, use_descriptors=None):
+    """(out, lse), lse in natural log and fp32; arguments as in the schema. `use_descriptors` forces or forbids TMA."""
     out = torch.empty((*q.shape[:-1], v.size(-1)), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    if scale is not None and scale < 0:
+    extended = _extended(bands, groups, layout, ids, visible, bias, softcap, sink_logits, alibi_slopes, dropout_p)
+    if not extended and scale is not None and scale < 0:
         # The running maximum is taken before scaling, which needs scale >= 0.
         q, scale = -q, -scale
     problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, use_descriptors)
     if problem.empty():
-        return out.zero_(), lse.fill_(float("-inf"))
+        sinks = float("-inf") if sink_logits is None else sink_logits.float()[:, None]
+        return out.zero_(), lse.copy_(torch.as_tensor(sinks).expand_as(lse))
     with problem.device():
-        problem.launch(kernels.attention_forward_kernel, "forward",
-                       lambda r: (r["q"], r["k"], r["v"], out, lse), False,
-                       {"q": problem.q, "k": problem.k, "v": problem.v})
+        if extended:
+            pairs = general.Pairs(problem, bands, groups, layout, block, ids, visible, bias, softcap, sink_logits,
+                                  alibi_slopes, dropout_p, dropout_seed)
+            general.forward(pairs, out, lse)
+        else:
+            problem.launch(kernels.attention_forward_kernel, "forward",
+                           lambda r: (r["q"], r["k"], r["v"], out, lse), False,
+                           {"q": problem.q, "k": problem.k, "v": problem.v})
     return out, lse
 
 
-def backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, *,
-             use_descriptors=None):
-    """(grad_q, grad_k, grad_v): row sums, a key-stationary pass for dK and dV, a query-stationary one for dQ."""
+def backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, bands=(),
+             groups=(), layout=None, block=0, ids=None, visible=None, bias=None, softcap=0.0, sink_logits=None,
+             alibi_slopes=None, dropout_p=0.0, dropout_seed=None, bias_grad=False, *, use_descriptors=None):
+    """(grad_q, grad_k, grad_v, grad_bias, delta): row sums, a key-stationary pass for dK and dV, a query-stationary one
+    for dQ, and where it is wanted one for the bias."""
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grad_bias = torch.zeros(bias.shape if bias_grad else (0,), dtype=torch.float32, device=q.device)
     problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left, use_descriptors)
     if problem.empty():
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
+        delta = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
+        if q.numel():  # a row without keys may still have a sink
+            delta = -torch.zeros_like(delta) if grad_lse is None else -grad_lse.float()
+            delta = torch.where(lse == float("-inf"), 0.0, delta)
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_bias, delta
     g, o = _readable(grad_out.to(q.dtype)), _readable(out)
     lines = problem.batch * problem.heads
     stats = torch.empty((lines, 2, problem.sq), dtype=torch.float32, device=q.device)
     reads = {"q": problem.q, "k": problem.k, "v": problem.v, "g": g}
-    block = 16 if problem.arch == 0 else 64
+    rows = 16 if problem.arch == 0 else 64
     with problem.device():
-        kernels.attention_delta_kernel[(triton.cdiv(problem.sq, block) * lines,)](
+        kernels.attention_delta_kernel[(triton.cdiv(problem.sq, rows) * lines,)](
             g, None if grad_lse is None else grad_lse.contiguous(), o, lse.contiguous(), stats,
             *g.stride()[:3], *o.stride()[:3], problem.sq, problem.heads,
-            DV=problem.value_dim, BLOCK_DV=padded(problem.value_dim), BLOCK_M=block,
+            DV=problem.value_dim, BLOCK_DV=padded(problem.value_dim), BLOCK_M=rows,
             HAS_GRAD_LSE=grad_lse is not None, num_warps=4)
-        problem.launch(kernels.attention_backward_kv_kernel, "backward_kv",
-                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_k, grad_v), True, reads)
-        problem.launch(kernels.attention_backward_q_kernel, "backward_q",
-                       lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_q), False, reads)
-    return grad_q, grad_k, grad_v
+        if _extended(bands, groups, layout, ids, visible, bias, softcap, sink_logits, alibi_slopes, dropout_p):
+            pairs = general.Pairs(problem, bands, groups, layout, block, ids, visible, bias, softcap, sink_logits,
+                                  alibi_slopes, dropout_p, dropout_seed)
+            general.backward(pairs, g, stats, grad_q, grad_k, grad_v, grad_bias if bias_grad else None)
+        else:
+            problem.launch(kernels.attention_backward_kv_kernel, "backward_kv",
+                           lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_k, grad_v), True, reads)
+            problem.launch(kernels.attention_backward_q_kernel, "backward_q",
+                           lambda r: (r["q"], r["k"], r["v"], r["g"], stats, grad_q), False, reads)
+    return grad_q, grad_k, grad_v, grad_bias, stats[:, 1].reshape(q.shape[:-1]).contiguous()

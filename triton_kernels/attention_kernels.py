@@ -64,7 +64,7 @@ def attention_forward_kernel(
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
         PACKED: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr):
     """Query-stationary: one program per (query tile, head). `sq` also counts the rows of a head in out and lse."""
-    tile, head, batch, first_q, first_k, seq_q, seq_k, shift = locate(
+    tile, head, batch, _, first_q, first_k, seq_q, seq_k, shift = locate(
         tiles, total_heads, section, heads, table, lengths_q, lengths_k, sq, sk, CAUSAL, PACKED, TOP_LEFT)
     if tile < 0:
         return
@@ -162,7 +162,7 @@ def attention_backward_kv_kernel(
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
         PACKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """Key-stationary: one program per (key tile, kv head), looping over the query heads of the group in order."""
-    tile, kv_head, batch, first_q, first_k, seq_q, seq_k, shift = locate(
+    tile, kv_head, batch, _, first_q, first_k, seq_q, seq_k, shift = locate(
         tiles, total_heads, section, kv_heads, table, lengths_q, lengths_k, sq, sk, False, PACKED, TOP_LEFT)
     if tile < 0:
         return
@@ -223,7 +223,7 @@ def attention_backward_q_kernel(
         PACKED: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr):
     """Query-stationary: one program per (query tile, head). A second pass over the scores is the price of dQ without
     atomics: every gradient element is written once, by one program, in a fixed order of additions."""
-    tile, head, batch, first_q, first_k, seq_q, seq_k, shift = locate(
+    tile, head, batch, _, first_q, first_k, seq_q, seq_k, shift = locate(
         tiles, total_heads, section, heads, table, lengths_q, lengths_k, sq, sk, CAUSAL, PACKED, TOP_LEFT)
     if tile < 0:
         return

@@ -13,7 +13,8 @@ import triton.language as tl
 @triton.jit
 def locate(tiles, total_heads, section, batch_heads, table, lengths_q, lengths_k, sq, sk,
            LONGEST_FIRST: tl.constexpr, PACKED: tl.constexpr, TOP_LEFT: tl.constexpr):
-    """Program number -> (tile, head, batch, first query, first key, query count, key count, causal shift).
+    """Program number -> (tile, head, batch, entry, first query, first key, query count, key count, causal shift); entry
+    is the sequence of a packed launch, else the batch.
 
     Heads run in sections whose keys and values fit in the L2 cache together; inside a section the tile number is
     the slow index, so that heads sharing keys run side by side and, for causal, the longest tiles start first.
@@ -30,6 +31,7 @@ def locate(tiles, total_heads, section, batch_heads, table, lengths_q, lengths_k
         tile = tiles - 1 - tile
     batch = head // batch_heads
     head = head % batch_heads
+    entry = batch
     first_q = 0
     first_k = 0
     if PACKED:
@@ -38,6 +40,7 @@ def locate(tiles, total_heads, section, batch_heads, table, lengths_q, lengths_k
         if sequence < 0:
             tile = -1
         sequence = tl.maximum(sequence, 0)
+        entry = sequence
         first_q = tl.load(lengths_q + sequence)
         first_k = tl.load(lengths_k + sequence)
         sq = tl.load(lengths_q + sequence + 1) - first_q
@@ -45,7 +48,7 @@ def locate(tiles, total_heads, section, batch_heads, table, lengths_q, lengths_k
     shift = sk - sq
     if TOP_LEFT:
         shift = 0
-    return tile, head, batch, first_q, first_k, sq, sk, shift
+    return tile, head, batch, entry, first_q, first_k, sq, sk, shift
 
 
 @triton.jit

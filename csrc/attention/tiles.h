@@ -25,7 +25,8 @@ struct QueryRunLists {
 };
 
 // How a list cuts the keys: cells are classified as a whole. `trim` is the granule in which the first cell of a window
-// may begin later, and the last may then end at any key; 0 where runs have to consist of whole cells.
+// may begin later and the last one of the sinks end sooner, and the last of a window may then end at any key; 0 where
+// runs have to consist of whole cells.
 struct KeyGrid {
   int64_t cell, trim;
 };
@@ -60,6 +61,7 @@ inline KeyRunLists key_run_lists(const Mask& mask, int64_t queries, int64_t quer
         if (found == Cover::none) continue;
         if (grid.trim != 0 && found == Cover::partial) {
           end = std::min(end, bounds.end);
+          if (end <= bounds.begin) end = std::min(end, ceil_div(bounds.sink_end, grid.trim) * grid.trim);
           if (begin >= bounds.sink_end) begin = std::max(begin, bounds.begin / grid.trim * grid.trim);
         }
         append_run(lists.entries, first_entry, grid, begin, end, found == Cover::partial);

@@ -212,13 +212,13 @@ def attention_decode(
         raise NotImplementedError(
             "attention_decode: there is no gradient; use effkern.attention, or torch.no_grad()"
         )
-    name = backends.forced() if backend is None else backend
-    if name is not None:
-        backends.check_name(name)
+    asked = backends.forced() if backend is None else backend
+    if asked is not None:
+        backends.check_name(asked)
     options = page_table, scale, list(lowered.bands) or None, float(softcap), sink_logits
     if q.dim() < 4 or v_cache.dim() < 4:
         _check(q, k_cache, v_cache, cache_seqlens, *options)
-    kernel = _kernel_for(q, v_cache, name)
+    kernel = _kernel_for(q, v_cache, asked)
     if kernel is not None:
         out, lse = kernel(q, k_cache, v_cache, cache_seqlens, *options)
     else:
@@ -256,7 +256,7 @@ def _run_reference(
         *(q, k_cache, v_cache, cache_seqlens),
         page_table=page_table,
         scale=scale,
-        bands=bands or (),
+        mask=Lowered(bands=tuple(bands or ())),
         softcap=softcap,
         sink_logits=sink_logits,
     )

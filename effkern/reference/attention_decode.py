@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from effkern.masks import Lowered
+from effkern.masks import Lowered, Mask
 from effkern.reference.attention import attention
 
 
@@ -27,7 +25,7 @@ def attention_decode(
     *,
     page_table: Tensor | None = None,
     scale: float | None = None,
-    bands: Sequence[int] = (),
+    mask: Mask | Lowered | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +37,8 @@ def attention_decode(
     k, v = k.masked_fill(~valid, 0.0), v.masked_fill(~valid, 0.0)
     p = lengths - q.shape[2] + torch.arange(q.shape[2], device=q.device)[:, None]
     visible = j <= p
+    bands = () if mask is None else (mask.lower() if isinstance(mask, Mask) else mask).bands
     for left, right, sink in zip(bands[::3], bands[1::3], bands[2::3], strict=True):
         visible = visible & (j <= p + right) & ((j >= p - left) | (j < sink))
-    mask = Lowered(visible=visible)
-    return attention(q, k, v, scale=scale, mask=mask, softcap=softcap, sink_logits=sink_logits)
+    seen = Lowered(visible=visible)
+    return attention(q, k, v, scale=scale, mask=seen, softcap=softcap, sink_logits=sink_logits)
