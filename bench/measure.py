@@ -113,7 +113,7 @@ class Bench:
         key = (case.tiny(), pass_, name)
         if key not in self.host_times:
             problem = Problem.build(case.tiny(), pass_, self.device)
-            with torch.set_grad_enabled(pass_ == "backward"):
+            with torch.set_grad_enabled(pass_ != "forward"):
                 self.host_times[key] = host_us(problem.thunk(candidate.call, problem.inputs), self.device)
         return self.host_times[key]
 

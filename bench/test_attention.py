@@ -28,7 +28,7 @@ def _measure(benchmark: Any, case: Case, pass_: str, name: str) -> None:
     if name == "effkern":
         verified = problem.verify(candidate)
         assert verified.verdict == "pass", verified.reason
-    with torch.set_grad_enabled(pass_ == "backward"), candidate.context():
+    with torch.set_grad_enabled(pass_ != "forward"), candidate.context():
         benchmark(problem.thunk(candidate.call, problem.inputs))
 
 

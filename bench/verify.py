@@ -37,9 +37,9 @@ class Problem:
     @classmethod
     def build(cls, case: Case, pass_: str, device: torch.device, seed: int = 0) -> Problem:
         # Forward cases are inference: FlexAttention on the CPU refuses inputs that require gradients.
-        inputs = tuple(t.requires_grad_(pass_ == "backward") for t in case.inputs(device, seed))
+        inputs = tuple(t.requires_grad_(pass_ != "forward") for t in case.inputs(device, seed))
         grad_out = None
-        if pass_ == "backward":
+        if pass_ != "forward":
             with torch.no_grad():
                 out = next(iter(case.baselines(device, "forward", False).values())).call(*inputs)
             generator = torch.Generator().manual_seed(seed + 1)
@@ -47,9 +47,11 @@ class Problem:
         return cls(case, pass_, device, inputs, grad_out, case.oracle(inputs, grad_out))
 
     def thunk(self, call: Call, inputs: Sequence[Tensor]) -> Callable[[], object]:
-        """What gets timed: the forward call, or the backward of a graph that is built here, once."""
+        """What gets timed: the forward call, the backward of a graph that is built here, once, or both."""
         if self.grad_out is None:
             return functools.partial(call, *inputs)
+        if self.pass_ == "both":
+            return lambda: torch.autograd.grad(call(*inputs), inputs, self.grad_out)
         out = call(*inputs)
         return functools.partial(torch.autograd.grad, out, inputs, self.grad_out, retain_graph=True)
 
