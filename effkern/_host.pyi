@@ -8,5 +8,12 @@ def cpu_name() -> str: ...
 def trace_last() -> str: ...
 def trace_record(path: str) -> None: ...
 def attention_tile_plan(
-    sq: int, sk: int, causal: bool, top_left: bool, query_tile: int, key_tile: int
+    sq: int,
+    sk: int,
+    causal: bool,
+    top_left: bool,
+    query_tile: int,
+    key_tile: int,
+    bands: list[int] = ...,
+    groups: list[int] = ...,
 ) -> list[list[tuple[int, int, bool]]]: ...
