@@ -21,6 +21,7 @@ from . import Baseline, Call, Case, Oracle
 
 # Larger dense masks are not written out: nobody would.
 DENSE_MASK_BYTES = 1 << 28
+FLEX_LENGTH = 8192  # FlexAttention looks at every pair once to find its blocks
 CHUNK = 512  # query rows of the oracle at a time
 
 
@@ -119,7 +120,33 @@ class MaskCase(Case):
 
             backend = SDPBackend.FLASH_ATTENTION if device.type == "cpu" else SDPBackend.EFFICIENT_ATTENTION
             found["sdpa-dense-mask"] = Baseline(dense, functools.partial(sdpa_kernel, backend))
+        if full and self.length <= FLEX_LENGTH and (device.type == "cuda" or pass_ == "forward"):
+            found["flex"] = Baseline(self._flex(device))
         return found
+
+    def _flex(self, device: torch.device) -> Call:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        size, sink, half = self.size, self.sink, self.heads // 2
+        layout = _block_layout(self.heads, -(-self.length // max(size, 1)), self.density)[0].to(device)
+
+        def window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & ((i - j < size) | (j < sink))
+
+        def groups(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            shift = torch.where(h < half, 0, size // 2)
+            return (i >= j) & ((i + shift) // size == (j + shift) // size)
+
+        def blocks(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return layout[h, i // size, j // size]
+
+        shown = {"groups": groups, "blocks": blocks}.get(self.kind, window)
+        heads = None if shown is window else self.heads
+        mask = create_block_mask(shown, None, heads, self.length, self.length, device=device.type)
+        torch._dynamo.reset()  # each case has its own mask; dynamo would stop at its recompile limit
+        torch._functorch.config.donated_buffer = False  # the timed backward runs many times over one graph
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return functools.partial(compiled, block_mask=mask, enable_gqa=self.heads != self.kv_heads)
 
     def oracle(self, inputs: Sequence[Tensor], grad_out: Tensor | None) -> Oracle:
         """The first and the last kv head; a bias that all entries share is checked without its gradient."""
@@ -169,12 +196,12 @@ class MaskCase(Case):
         scale, mask = self.head_dim**-0.5, self.mask()
         out = torch.empty_like(q)
         grads = [torch.zeros_like(t) for t in (q, k, v)]
-        keys = torch.arange(self.length)
+        keys = torch.arange(self.length, device=q.device)
         for begin in range(0, self.length, CHUNK):
-            i = torch.arange(begin, min(begin + CHUNK, self.length))[:, None]
-            seen = torch.ones(1, len(i), self.length, dtype=torch.bool)
+            i = torch.arange(begin, min(begin + CHUNK, self.length), device=q.device)[:, None]
+            seen = torch.ones(1, len(i), self.length, dtype=torch.bool, device=q.device)
             if isinstance(mask, BlockSparse):
-                blocks = mask.layout[0][heads][:, i[:, 0] // self.size]
+                blocks = mask.layout[0].to(q.device)[heads][:, i[:, 0] // self.size]
                 seen = blocks.repeat_interleave(self.size, 2)[:, :, : self.length]
             elif mask is not None:
                 found = mask._sees(i, i, keys, self.heads)

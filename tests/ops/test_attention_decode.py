@@ -151,3 +151,26 @@ def test_a_window_reads_only_its_keys() -> None:
     k[:, :, 16:4000] = v[:, :, 16:4000] = torch.nan
     lengths = torch.tensor([5000], dtype=torch.int32)
     assert effkern.attention_decode(q, k, v, lengths, mask=Lambda(16, 512)).isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page", [None, 16, 50])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_on_the_gpu(mask: Mask | None, page: int | None, dtype: torch.dtype) -> None:
+    q = torch.randn(3, 8, 2, 128).to(dtype)
+    k, v = torch.randn(3, 2, 1500, 128).to(dtype), torch.randn(3, 2, 1500, 64).to(dtype)
+    lengths = torch.tensor([1500, 0, 333], dtype=torch.int32)
+    exact, level = reference(q.double(), k.double(), v.double(), lengths, mask=mask)
+    cache, table = (k, v), None
+    if page is not None:
+        torch.manual_seed(1)
+        k_pages, table = paged(k, page)
+        torch.manual_seed(1)
+        cache, table = (k_pages, paged(v, page)[0]), table.cuda()
+    out, lse = effkern.attention_decode(
+        q.cuda(), *(t.cuda() for t in cache), lengths.cuda(), page_table=table, mask=mask, return_lse=True
+    )
+    assert effkern.backends.last() == "attention_decode:triton"
+    assert errors(out, exact, "out").max_abs <= 2 * torch.finfo(dtype).eps + 2e-5
+    assert errors(lse, level, "lse").max_abs <= 1e-4 if dtype == torch.float32 else 2e-2
