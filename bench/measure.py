@@ -43,7 +43,7 @@ class Bench:
     full: bool
     seconds: float
     note: Callable[[str], None]
-    host_times: dict[tuple[Case, str, str], float] = field(default_factory=dict)
+    host_times: dict[tuple[Case, str, str | None], float] = field(default_factory=dict)
 
     def measure(self, case: Case, pass_: str) -> list[Row]:
         problem = Problem.build(case, pass_, self.device)
@@ -59,9 +59,10 @@ class Bench:
             timings, warm = self._time(problem, passed | {name: theirs[name] for name in others})
             for name, timing in timings.items():
                 (mine if name in mine else others)[name].timing = timing
-            for name, candidate in passed.items():
-                mine[name].peak = self._peak(problem, candidate)
-                mine[name].host_us = self._host(case, pass_, name, candidate)
+            for name, backend in zip(ours, self.wanted, strict=True):
+                if name in passed:
+                    mine[name].peak = self._peak(problem, passed[name])
+                    mine[name].host_us = self._host(case.tiny(), pass_, backend)
         against: list[str | None] = list(others) or [None]
         return [
             self._row(problem, name, outcome, baseline, others[baseline] if baseline else None, warm)
@@ -109,12 +110,12 @@ class Bench:
         with torch.set_grad_enabled(problem.grad_out is not None):
             return peak_extra_bytes(problem.thunk(candidate.call, problem.inputs), self.device)
 
-    def _host(self, case: Case, pass_: str, name: str, candidate: Baseline) -> float:
-        key = (case.tiny(), pass_, name)
+    def _host(self, tiny: Case, pass_: str, backend: str | None) -> float:
+        key = (tiny, pass_, backend)
         if key not in self.host_times:
-            problem = Problem.build(case.tiny(), pass_, self.device)
+            problem = Problem.build(tiny, pass_, self.device)
             with torch.set_grad_enabled(pass_ != "forward"):
-                self.host_times[key] = host_us(problem.thunk(candidate.call, problem.inputs), self.device)
+                self.host_times[key] = host_us(problem.thunk(tiny.ours(backend), problem.inputs), self.device)
         return self.host_times[key]
 
     def _row(

@@ -16,7 +16,7 @@ import torch
 from effkern.bench import cases as case_list
 from effkern.bench import command, machine, measure, runner
 from effkern.bench import compare as comparing
-from effkern.bench.cases import Baseline
+from effkern.bench.cases import Baseline, Case
 from effkern.bench.machine import binding_roof, new_results
 from effkern.bench.memory import peak_extra_bytes
 from effkern.bench.results import Curve, EndToEnd, Results, Row
@@ -203,6 +203,27 @@ def test_verification_catches_a_wrong_kernel(pass_: str) -> None:
     assert "is allowed" in found.reason
     broken = Baseline(lambda q, k, v: right.call(q, k, v) * float("nan"))
     assert problem.verify(broken).reason == "the result is not finite"
+
+
+TINY_CASES = sorted({(case.tiny(), pass_) for case in case_list.discover() for pass_ in case.passes}, key=str)
+
+
+@pytest.mark.parametrize(
+    ("case", "pass_"),
+    [pytest.param(*pair, id=f"{pair[0].shape}-{pair[0].dtype}-{pair[1]}") for pair in TINY_CASES],
+)
+def test_every_case_is_correct_small_and_its_host_time_is_taken(case: Case, pass_: str) -> None:
+    """Of every case: ours and every baseline against the oracle, and the overhead of a call."""
+    problem = Problem.build(case, pass_, CPU)
+    others = case.baselines(CPU, pass_, False)
+    same = {
+        name: call for name, call in others.items() if not name.startswith("effkern-")
+    }  # those lack the mask
+    for name, candidate in {"ours": Baseline(case.ours(None)), **same}.items():
+        verified = problem.verify(candidate)
+        assert verified.verdict == "pass", f"{name}: {verified.reason}"
+    bench = measure.Bench(CPU, results().roofs, [None], False, 0.01, print)
+    assert bench._host(case, pass_, None) > 0
 
 
 def test_a_failure_is_a_row_without_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
