@@ -16,6 +16,11 @@
   "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table=None, " \
   "float? scale=None, int[]? bands=None, float softcap=0.0, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)"
 
+#define MONARCH_FORWARD "(Tensor x, Tensor w1, Tensor w2, Tensor? bias=None, bool l_major=False) -> Tensor"
+#define MONARCH_BACKWARD                                                                                             \
+  "(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, bool l_major=False, bool need_x=True, bool need_w1=True, bool " \
+  "need_w2=True, bool need_bias=False) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, Tensor grad_bias)"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
   m.def("attention_backward" ATTENTION_BACKWARD);
@@ -30,4 +35,12 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def(
       "attention_merge_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
       "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)");
+  m.def("monarch_matmul" MONARCH_FORWARD);
+  m.def("monarch_matmul_backward" MONARCH_BACKWARD);
+  m.def("monarch_matmul_triton" MONARCH_FORWARD);
+  m.def("monarch_matmul_triton_backward" MONARCH_BACKWARD);
+  m.def("block_diag_matmul(Tensor x, Tensor w) -> Tensor");
+  m.def(
+      "block_diag_matmul_backward(Tensor grad_out, Tensor x, Tensor w, bool need_x=True, bool need_w=True) -> "
+      "(Tensor grad_x, Tensor grad_w)");
 }

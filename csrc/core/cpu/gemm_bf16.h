@@ -91,7 +91,9 @@ static __attribute__((noinline)) void gemm_bf16(int64_t rows, int64_t columns, i
 
 #else
 
-struct ProductSession {};
+struct ProductSession {
+  ProductSession() {}  // a session that does nothing is still used
+};
 
 struct Bf16PairProduct {
   static inline __attribute__((always_inline)) Vec multiply_add(Vec a, Vec b, Vec c) {

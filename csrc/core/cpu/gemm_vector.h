@@ -29,8 +29,15 @@ struct Fp32Product {
   static inline __attribute__((always_inline)) Vec multiply_add(Vec a, Vec b, Vec c) { return vfma(a, b, c); }
 };
 
-template <class Product, int kRows, int kVectors, bool kAccumulate>
-EFFKERN_INLINE void gemm_micro(int64_t depth, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+struct EvenRows {  // C[r] = data + r * stride
+  float* data;
+  int64_t stride;
+  EFFKERN_MEMBER float* operator()(int64_t r) const { return data + r * stride; }
+};
+
+template <class Product, int kRows, int kVectors, bool kAccumulate, class Target>
+EFFKERN_INLINE void gemm_micro(int64_t depth, Strided a, const float* b, int64_t ldb, const Target& c, int64_t first,
+                               int64_t column) {
   Vec sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = vzero();
@@ -43,44 +50,53 @@ EFFKERN_INLINE void gemm_micro(int64_t depth, Strided a, const float* b, int64_t
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Product::multiply_add(scalar, row[v], sum[r][v]);
     }
   }
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    float* row = c(first + r) + column;
     for (int v = 0; v < kVectors; ++v) {
-      float* target = c + r * ldc + v * kLanes;
+      float* target = row + v * kLanes;
       // Added at the end, not the start: a long sum over many tiles then rounds once a tile at its full size.
       vstore(target, kAccumulate ? vadd(vload(target), sum[r][v]) : sum[r][v]);
     }
+  }
 }
 
 // All rows of one panel of kVectors vectors; what is left below kRows goes through ever smaller micro-tiles.
-template <class Product, int kRows, int kVectors, bool kAccumulate>
-EFFKERN_INLINE void gemm_panel(int64_t rows, int64_t depth, Strided a, const float* b, int64_t ldb, float* c,
-                               int64_t ldc) {
+template <class Product, int kRows, int kVectors, bool kAccumulate, class Target>
+EFFKERN_INLINE void gemm_panel(int64_t rows, int64_t depth, Strided a, const float* b, int64_t ldb, const Target& c,
+                               int64_t first, int64_t column) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    gemm_micro<Product, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.depth}, b, ldb, c + r * ldc,
-                                                      ldc);
+    gemm_micro<Product, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.depth}, b, ldb, c, first + r,
+                                                      column);
   if constexpr (kRows > 1) {
     if (r < rows)
       gemm_panel<Product, kRows / 2, kVectors, kAccumulate>(rows - r, depth, {a.data + r * a.row, a.row, a.depth}, b,
-                                                            ldb, c + r * ldc, ldc);
+                                                            ldb, c, first + r, column);
   }
 }
 
-template <class Product, bool kAccumulate>
-static __attribute__((noinline)) void gemm_vector(int64_t rows, int64_t columns, int64_t depth, Strided a,
-                                                  const float* b, int64_t ldb, float* c, int64_t ldc) {
-  int64_t vectors = columns / kLanes;
+// `c` says where each row of C starts; the first one is number `first`.
+template <class Product, bool kAccumulate, class Target>
+static __attribute__((noinline)) void gemm_rows(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
+                                                int64_t ldb, const Target& c, int64_t first = 0) {
+  int64_t vectors = columns / kLanes, column = 0;
   for (; vectors >= kMicroVectors && vectors != kMicroVectors + 1; vectors -= kMicroVectors) {
-    gemm_panel<Product, kMicroRows, kMicroVectors, kAccumulate>(rows, depth, a, b, ldb, c, ldc);
-    b += kMicroVectors * kLanes;
-    c += kMicroVectors * kLanes;
+    gemm_panel<Product, kMicroRows, kMicroVectors, kAccumulate>(rows, depth, a, b + column, ldb, c, first, column);
+    column += kMicroVectors * kLanes;
   }
   for (; vectors >= 2; vectors -= 2) {  // 4 vectors left: 2 + 2 keeps more sums in flight than 3 + 1
-    gemm_panel<Product, kMicroRows, 2, kAccumulate>(rows, depth, a, b, ldb, c, ldc);
-    b += 2 * kLanes;
-    c += 2 * kLanes;
+    gemm_panel<Product, kMicroRows, 2, kAccumulate>(rows, depth, a, b + column, ldb, c, first, column);
+    column += 2 * kLanes;
   }
-  if (vectors == 1) gemm_panel<Product, kMicroRows, 1, kAccumulate>(rows, depth, a, b, ldb, c, ldc);
+  // Twice the rows, so that a single vector has as many sums in flight as two.
+  if (vectors == 1)
+    gemm_panel<Product, 2 * kMicroRows, 1, kAccumulate>(rows, depth, a, b + column, ldb, c, first, column);
+}
+
+template <class Product, bool kAccumulate>
+static inline void gemm_vector(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b, int64_t ldb,
+                               float* c, int64_t ldc) {
+  gemm_rows<Product, kAccumulate>(rows, columns, depth, a, b, ldb, EvenRows{c, ldc});
 }
 
 }  // namespace EFFKERN_UNIT

@@ -22,6 +22,7 @@
 #endif
 
 #define EFFKERN_INLINE static inline __attribute__((always_inline))
+#define EFFKERN_MEMBER inline __attribute__((always_inline))  // of a struct
 
 namespace effkern {
 namespace EFFKERN_UNIT {
