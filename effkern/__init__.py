@@ -3,8 +3,9 @@
     import effkern
     out = effkern.attention(q, k, v, causal=True)
 
-`effkern.masks` has the attention masks, `effkern.backends` says which backend runs and forces one, `effkern.nn` has the
-modules, `effkern.testing` the error measures, `effkern.reference` the plain PyTorch versions.
+`effkern.masks` has the attention masks, `effkern.nn` the modules, `effkern.convert` compresses models,
+`effkern.backends` says which backend runs and forces one, `effkern.testing` has the error measures, and
+`effkern.reference` the plain PyTorch versions.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +14,13 @@ from effkern import _lib
 
 _lib.load()
 
-from effkern import backends, masks, nn, ops, reference, testing  # noqa: E402
+from effkern import backends, convert, masks, nn, ops, reference, testing  # noqa: E402
 from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
+from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 
 registry.discover()
 
@@ -32,8 +35,14 @@ __all__ = [
     "attention_decode",
     "attention_merge",
     "backends",
+    "block_diag_matmul",
+    "convert",
     "lambda_attention",
     "masks",
+    "monarch_chain",
+    "monarch_dense",
+    "monarch_matmul",
+    "monarch_project",
     "nn",
     "ops",
     "reference",

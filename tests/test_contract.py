@@ -68,6 +68,12 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree_map(one, tree)
 
 
+def map_batched(spec: registry.OpSpec, function: Callable[[Tensor], Any], args: tuple[Any, ...]) -> Any:
+    """`args` with `function` of the tensors that count cases along their first axis."""
+    batched = range(len(args)) if spec.batched is None else spec.batched
+    return tuple(map_tensors(function, arg) if i in batched else arg for i, arg in enumerate(args))
+
+
 def floating(tree: Any) -> list[Tensor]:
     return [tensor for tensor in tensors(tree) if tensor.is_floating_point()]
 
@@ -321,7 +327,7 @@ def test_one_graph_for_every_size(spec: registry.OpSpec, device: str) -> None:
     sample = spec.samples(device, spec.dtypes[0])[0]
     compilations = []
     for repeat in (1, 2, 3):
-        args = map_tensors(lambda t: torch.cat([t] * repeat), sample.args)  # noqa: B023
+        args = map_batched(spec, lambda t: torch.cat([t] * repeat), sample.args)  # noqa: B023
         grown = with_leaves(spec, registry.Sample("grown", args, sample.kwargs))
         same(gradients(spec, grown, compiled), gradients(spec, grown, spec.public))
         compilations.append(counter.frame_count)
@@ -356,7 +362,13 @@ class Call(torch.nn.Module):
 
 def export(spec: registry.OpSpec, sample: registry.Sample) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=2, max=1024)
-    dynamic = (tree_map(lambda _: {0: batch}, sample.args),)
+    dynamic = (
+        tree_map(
+            lambda a, b: None if a is b else {0: batch},
+            map_batched(spec, torch.clone, sample.args),
+            sample.args,
+        ),
+    )
     program = torch.export.export(Call(spec, sample).eval(), sample.args, dynamic_shapes=dynamic)
     assert any("effkern" in str(node.target) for node in program.graph.nodes)
     return program
@@ -366,7 +378,7 @@ def export(spec: registry.OpSpec, sample: registry.Sample) -> torch.export.Expor
 def test_export(spec: registry.OpSpec, device: str) -> None:
     sample = spec.samples(device, spec.dtypes[0])[0]
     program = export(spec, sample)
-    args = map_tensors(lambda t: torch.cat([t, t.flip(0)[:1]]), sample.args)
+    args = map_batched(spec, lambda t: torch.cat([t, t.flip(0)[:1]]), sample.args)
     same(tensors(program.module()(*args)), tensors(spec.public(*args, **sample.kwargs)))
 
 

@@ -260,3 +260,97 @@ def test_decode_machine_code(arch: int, paged: bool, monkeypatch: pytest.MonkeyP
         code = inspect(compile_call(calls[name], arch), tmp_path)
         report(f"{name} sm{arch}", code, arch)
         assert code.stack == 0 and code.local == 0 and code.shared <= SHARED_LIMIT[arch]
+
+
+@dataclass(frozen=True)
+class Monarch:
+    """A call of the Monarch launchers; `way` is fused, staged, l_major (staged, output by l blocks) or backward."""
+
+    arch: int
+    sizes: tuple[int, int, int, int, int, int]  # k, q, p, l, s, r
+    way: str
+    tokens: int = 8192
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        k, _, p, *_ = self.sizes
+        return f"sm{self.arch}-{TYPES[self.dtype]}-{k * p}-by-{k}-{self.way}-{self.tokens}"
+
+
+D2048 = (8, 256, 256, 8, 256, 256)
+D4096 = (16, 256, 256, 16, 256, 256)
+PUBLISHED = (8, 192, 96, 24, 16, 64)
+UNEVEN = (6, 105, 72, 9, 50, 70)
+MONARCH = [
+    *(
+        Monarch(arch, D2048, way)
+        for arch in SHARED_LIMIT
+        for way in ("fused", "staged", "l_major", "backward")
+    ),
+    *(Monarch(arch, D4096, way) for arch in SHARED_LIMIT for way in ("fused", "staged")),
+    Monarch(90, D4096, "backward"),
+    *(Monarch(90, D2048, way, dtype=torch.float16) for way in ("fused", "staged")),
+]
+# Tiles too small, split or ragged for warpgroup products: any tensor-core product will do.
+MONARCH_SMALL = [
+    *(Monarch(arch, D4096, "fused", 16) for arch in SHARED_LIMIT),
+    *(
+        Monarch(arch, D2048, way, dtype=torch.float32)
+        for arch in SHARED_LIMIT
+        for way in ("fused", "staged", "backward")
+    ),
+    *(Monarch(90, sizes, way) for sizes in (PUBLISHED, UNEVEN) for way in ("fused", "staged", "backward")),
+    *(Monarch(100, UNEVEN, way, dtype=torch.float32) for way in ("fused", "staged")),
+]
+
+
+def record_monarch(case: Monarch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every different kernel of a call: one kernel serves several of its products."""
+    from effkern._triton import monarch as launcher
+
+    calls: dict[str, Any] = {}
+
+    class Each(Recorder):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                self.calls[f"{self.kernel.__name__} {sorted(options.items())}"] = (self.kernel, args, options)
+
+            return launch
+
+    monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
+    for name in [k for k in vars(launcher.kernels) if k.startswith("monarch") and k.endswith("_kernel")]:
+        monkeypatch.setattr(launcher.kernels, name, Each(calls, getattr(launcher.kernels, name)))
+    k, q, p, l, s, r = case.sizes
+    x = torch.empty(case.tokens, k * p, dtype=case.dtype)
+    w1, w2 = torch.empty(k, q, p, dtype=case.dtype), torch.empty(l, s, r, dtype=case.dtype)
+    if case.way == "backward":
+        launcher.monarch_matmul_backward(torch.empty(case.tokens, l * s, dtype=case.dtype), x, w1, w2)
+    else:
+        bias = torch.empty(l * s, dtype=case.dtype)
+        launcher.monarch_matmul(x, w1, w2, bias, case.way == "l_major", fused=case.way == "fused")
+    return list(calls.values())
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("case", [*MONARCH, *MONARCH_SMALL], ids=str)
+def test_monarch_machine_code(case: Monarch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Forward and backward: nothing spills, no atomics, shared memory fits, tensor cores, pipelined loads."""
+    calls = record_monarch(case, monkeypatch)
+    assert len(calls) == {"fused": 1, "staged": 2, "l_major": 2, "backward": 6}[case.way]
+    for call in calls:
+        code = inspect(compile_call(call, case.arch), tmp_path)
+        label = f"{call[0].__name__} {case}"
+        report(label, code, case.arch)
+        assert code.stack == 0 and code.local == 0, f"{label} spills: {code.stack} B"
+        assert code.shared <= SHARED_LIMIT[case.arch], f"{label} takes {code.shared} B of shared memory"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )
+        if "unshuffle" in call[0].__name__:
+            continue
+        wanted = [TENSOR_CORE[case.arch]] if case in MONARCH else [TENSOR_CORE[case.arch], "HMMA"]
+        assert any(code.opcodes[opcode] for opcode in wanted), f"{label} has none of {wanted}"
+        if case in MONARCH:
+            assert code.opcodes["LDGSTS"], f"{label} does not load ahead"
+        if case in MONARCH and case.arch == 90:
+            assert code.opcodes["WARPGROUP"] < code.opcodes["HGMMA"], f"{label}: wgmma is serialised"

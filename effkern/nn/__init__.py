@@ -1,5 +1,6 @@
 """Modules with the signature of what they replace."""
 
 from effkern.nn.attention import Attention
+from effkern.nn.monarch import MonarchLinear
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "MonarchLinear"]

@@ -7,12 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name
+
 MAX_HEAD_DIM = 256
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def require(condition: bool, message: str) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from effkern import _lib, backends
 from effkern.ops import _attention_gradient as gradient
-from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, check_arguments, check_offsets
+from effkern.ops._attention_checks import MAX_HEAD_DIM, check_arguments, check_offsets
 from effkern.ops._attention_cost import backward_formula, forward_formula
 from effkern.ops._attention_options import Options, check_options
-from effkern.ops._dispatch import register_autocast, register_flops, register_kernel
+from effkern.ops._dispatch import FAST_DTYPES, register_autocast, register_flops, register_kernel
 from effkern.reference import attention as reference
 
 _OPS = torch.ops.effkern

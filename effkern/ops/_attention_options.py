@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from effkern.masks import Lowered, Mask
-from effkern.ops._attention_checks import dtype_name, require
+from effkern.ops._attention_checks import require
+from effkern.ops._dispatch import dtype_name
 from effkern.reference.attention import new_dropout_seed
 
 

@@ -17,8 +17,14 @@ from effkern import _lib
 
 _lib.load()
 
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels take; float64 is the reference's
+
 # Keeps the Python registrations of all families alive.
 LIBRARY = torch.library.Library("effkern", "IMPL")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def register_kernel(op: str, kernel: Callable[..., Any], *keys: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from effkern import backends
 from effkern.masks import Mask
 from effkern.ops import registry
-from effkern.ops._attention_checks import FAST_DTYPES, check_arguments, check_tensors
+from effkern.ops._attention_checks import check_arguments, check_tensors
 from effkern.ops._attention_cost import attention_bytes, attention_flops
 from effkern.ops._attention_dispatch import (
     FORWARD,
@@ -26,7 +26,7 @@ from effkern.ops._attention_dispatch import (
 from effkern.ops._attention_gradient import DOUBLE_BACKWARD
 from effkern.ops._attention_options import Options, collect
 from effkern.ops._attention_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import autocast_dtype, refuse_forward_mode
+from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode
 from effkern.reference import attention as reference
 
 __all__ = ["attention", "attention_bytes", "attention_flops"]

@@ -13,9 +13,16 @@ from torch import Tensor
 from effkern import backends
 from effkern.masks import Lowered, Mask
 from effkern.ops import registry
-from effkern.ops._attention_checks import FAST_DTYPES, MAX_HEAD_DIM, dtype_name
+from effkern.ops._attention_checks import MAX_HEAD_DIM
 from effkern.ops._attention_decode_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import autocast_dtype, register_autocast, register_flops, register_kernel
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    autocast_dtype,
+    dtype_name,
+    register_autocast,
+    register_flops,
+    register_kernel,
+)
 from effkern.reference import attention_decode as reference
 
 __all__ = ["attention_decode", "decode_bytes", "decode_flops"]

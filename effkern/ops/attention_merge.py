@@ -11,9 +11,15 @@ from torch import Tensor
 from effkern import backends
 from effkern.masks import UNBOUNDED
 from effkern.ops import registry
-from effkern.ops._attention_checks import FAST_DTYPES, check_arguments, dtype_name
+from effkern.ops._attention_checks import check_arguments
 from effkern.ops._attention_merge_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import refuse_forward_mode, register_flops, register_kernel
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    dtype_name,
+    refuse_forward_mode,
+    register_flops,
+    register_kernel,
+)
 from effkern.ops.attention import attention_in_band
 from effkern.reference import attention_merge as reference
 

@@ -66,6 +66,9 @@ class OpSpec:
     )
     constants: tuple[str, ...] = ()  # floating arguments, given by keyword, that have no gradient
     autocast: bool = True  # whether the positional arguments follow autocast
+    batched: tuple[int, ...] | None = (
+        None  # positions of the arguments whose first axis counts cases; None: all
+    )
     vmap: bool = True  # torch.vmap has no way to loop over an op with lists of tensors
 
 
