@@ -20,7 +20,7 @@ import effkern
 from effkern import backends
 
 from .memory import peak_extra_bytes
-from .model import AttentionMixer, ByteModel, Config, Parts, loss_nats, sdpa_causal
+from .model import AttentionMixer, ByteModel, Config, Parts, loss_nats, monarch_mlp, sdpa_causal
 from .results import Curve, EndToEnd
 from .text import Corpus, standard_library
 
@@ -37,22 +37,68 @@ Progress = Callable[[int, int, str], None]  # step, steps, what
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to build the model. `family` is what it swaps; plain PyTorch swaps nothing."""
+    """One way to build the model. `family` is what it swaps; plain PyTorch swaps nothing. `halfway` changes the model
+    in the middle of the training, which goes on with a fresh optimizer; its times are those after the change."""
 
     name: str
     family: str | None
     parts: Parts
+    halfway: Callable[[nn.Module], object] | None = None
 
 
-def variants() -> list[Variant]:
-    """Plain PyTorch first. A new family adds its line here."""
+@dataclass(frozen=True)
+class Study:
+    """What is trained beside what, and for how long. Plain PyTorch comes first."""
+
+    variants: list[Variant]
+    config: Config = field(default_factory=Config)
+    seconds: float = 60.0
+
+
+def _sdpa_mixer(config: Config) -> nn.Module:
+    return AttentionMixer(config, sdpa_causal)
+
+
+def _attention_study() -> Study:
     effkern_causal = functools.partial(effkern.attention, causal=True)
-    return [
-        Variant("PyTorch", None, Parts(lambda config: AttentionMixer(config, sdpa_causal))),
+    mixer = Parts(lambda config: AttentionMixer(config, effkern_causal))
+    plain = Variant("PyTorch", None, Parts(_sdpa_mixer))
+    return Study([plain, Variant("effkern attention", "attention", mixer)])
+
+
+def _monarch_study() -> Study:
+    """The MLPs as Monarch matrices: from the start, from the middle on (projection, then fine-tuning), or until the
+    middle (reverse sparsification). Wide enough for Monarch matrices to pay."""
+    nblocks = 8
+    dense, sparse = Parts(_sdpa_mixer), Parts(_sdpa_mixer, functools.partial(monarch_mlp, nblocks=nblocks))
+    variants = [
+        Variant("PyTorch", None, dense),
+        Variant("Monarch MLPs", "monarch", sparse),
         Variant(
-            "effkern attention", "attention", Parts(lambda config: AttentionMixer(config, effkern_causal))
+            "dense, then projected",
+            "monarch",
+            dense,
+            lambda model: effkern.convert.monarchize(model, nblocks, "*.mlp.*"),
         ),
+        Variant("Monarch, then dense", "monarch", sparse, _densify),
     ]
+    return Study(variants, Config(layers=4, width=512, heads=8, context=256), seconds=300.0)
+
+
+def _densify(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, effkern.nn.MonarchLinear):
+                setattr(module, name, child.to_linear())
+
+
+STUDIES = {"attention": _attention_study, "monarch": _monarch_study}
+
+
+def study(families: Sequence[str] = ()) -> Study:
+    """The training of a run: that of the one family it is limited to, else attention's."""
+    name = families[0] if len(families) == 1 and families[0] in STUDIES else "attention"
+    return STUDIES[name]()
 
 
 @dataclass
@@ -69,6 +115,7 @@ class Trainer:
     validation_bits: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     path: str = ""
+    begun: int = 0  # the step at which the current optimizer took over
 
     @classmethod
     def start(
@@ -76,8 +123,12 @@ class Trainer:
     ) -> Trainer:
         torch.manual_seed(seed)
         model = ByteModel(config, variant.parts).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-        return cls(variant, model, optimizer, device, dtype)
+        return cls(variant, model, _optimizer(model), device, dtype)
+
+    def halfway(self) -> None:
+        if self.variant.halfway is not None:
+            self.variant.halfway(self.model)
+            self.optimizer, self.begun, self.times = _optimizer(self.model), len(self.train_bits), []
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -86,7 +137,7 @@ class Trainer:
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         """One optimizer step; returns the loss in nats. Reading it is also what waits for the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (len(self.train_bits) + 1) / WARM_UP_STEPS)
+            group["lr"] = LEARNING_RATE * min(1.0, (len(self.train_bits) - self.begun + 1) / WARM_UP_STEPS)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(tokens, targets)
         loss.backward()
@@ -128,34 +179,38 @@ class Trainer:
         )
 
 
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+
+
 def train(
     device: torch.device,
     *,
-    seconds: float = 60.0,
+    seconds: float | None = None,
     steps: int | None = None,
     config: Config | None = None,
     batch: int = 2,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    chosen: Sequence[Variant] | None = None,
+    chosen: Study | None = None,
     progress: Progress = lambda step, steps, what: None,
 ) -> EndToEnd:
-    """Train every variant for `steps`, or for as many steps as fit into about `seconds`."""
-    config = config or Config()
-    chosen = chosen or variants()
+    """Train every variant of a study for `steps`, or for as many steps as fit into about `seconds` (the study's)."""
+    chosen = chosen or study()
+    config, seconds = config or chosen.config, seconds or chosen.seconds
     corpus = standard_library()
     batches = functools.partial(_batch, corpus, config.context, batch, seed)
     began = time.perf_counter()
     if dtype is None:
         progress(0, 1, "choosing the dtype")
-        dtype = _faster_dtype(chosen[0], config, device, seed, corpus)
+        dtype = _faster_dtype(chosen.variants[0], config, device, seed, corpus)
     limited = steps is None
     if steps is None:
         progress(0, 1, "measuring a step")
-        cost = sum(_seconds_a_step(v, config, device, dtype, seed, batches) for v in chosen)
+        cost = sum(_seconds_a_step(v, config, device, dtype, seed, batches) for v in chosen.variants)
         left = seconds - (time.perf_counter() - began)
         steps = int(min(MOST_STEPS, max(FEWEST_STEPS, 0.9 * left / cost)))
-    trainers = [Trainer.start(v, config, device, dtype, seed) for v in chosen]
+    trainers = [Trainer.start(v, config, device, dtype, seed) for v in chosen.variants]
     held_out = _validation(corpus, config.context)
     interval = max(1, steps // VALIDATIONS)
     fewest = min(steps, FEWEST_STEPS)
@@ -164,6 +219,9 @@ def train(
         if step >= fewest and limited and time.perf_counter() - began > PATIENCE * seconds:
             break
         data = batches(step)
+        if step == steps // 2:
+            for trainer in trainers:
+                trainer.halfway()
         for turn in range(len(trainers)):
             trainer = trainers[(step + turn) % len(trainers)]
             if step % interval == 0:
@@ -173,8 +231,9 @@ def train(
     curves = []
     for trainer in trainers:
         trainer.validate(*held_out)
+        backends.record("")  # so that a variant without ops of ours has no path
         peak = peak_extra_bytes(functools.partial(trainer.step, *batches(0)), device)
-        trainer.path = backends.last() if trainer.variant.family else ""
+        trainer.path = backends.last()
         curves.append(trainer.curve(batch * config.context, peak))
     name = str(dtype).removeprefix("torch.")
     size = len(corpus.train) + len(corpus.validation)

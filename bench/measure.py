@@ -101,21 +101,23 @@ class Bench:
             candidates = []
             for name, candidate in chosen.items():
                 with candidate.context():
-                    thunks = [problem.thunk(candidate.call, inputs) for inputs in sets]
+                    thunks = [problem.thunk(candidate, inputs) for inputs in sets]
                 candidates.append(Candidate(name, thunks, candidate.context))
             timings = interleave(candidates, self.device, seconds=self.seconds)
         return timings, count * problem.set_bytes() <= cache
 
     def _peak(self, problem: Problem, candidate: Baseline) -> int | None:
         with torch.set_grad_enabled(problem.grad_out is not None):
-            return peak_extra_bytes(problem.thunk(candidate.call, problem.inputs), self.device)
+            return peak_extra_bytes(problem.thunk(candidate, problem.inputs), self.device)
 
     def _host(self, tiny: Case, pass_: str, backend: str | None) -> float:
         key = (tiny, pass_, backend)
         if key not in self.host_times:
             problem = Problem.build(tiny, pass_, self.device)
             with torch.set_grad_enabled(pass_ != "forward"):
-                self.host_times[key] = host_us(problem.thunk(tiny.ours(backend), problem.inputs), self.device)
+                self.host_times[key] = host_us(
+                    problem.thunk(Baseline(tiny.ours(backend)), problem.inputs), self.device
+                )
         return self.host_times[key]
 
     def _row(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effkern.nn import MonarchLinear
+
 AttentionCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -61,6 +63,13 @@ class AttentionMixer(nn.Module):
 def dense_mlp(config: Config) -> nn.Module:
     return nn.Sequential(
         nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
+    )
+
+
+def monarch_mlp(config: Config, nblocks: int) -> nn.Module:
+    wide = 4 * config.width
+    return nn.Sequential(
+        MonarchLinear(config.width, wide, nblocks), nn.GELU(), MonarchLinear(wide, config.width, nblocks)
     )
 
 

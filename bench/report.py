@@ -11,6 +11,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from . import cases as case_list
+from .monarch_plot import monarch_plot
 from .ratio_plot import ratio_plot
 from .results import Results, Row, best_baselines
 from .roofline_plot import roofline_plot
@@ -26,6 +27,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     drawn: dict[str, Callable[[Theme], Figure] | None] = {
         "ratios": ratio_plot(results),
         "roofline": roofline_plot(results, case_list.discover()),
+        "monarch": monarch_plot(results, case_list.discover()),
         "training": loss_plot(results.end_to_end) if results.end_to_end else None,
     }
     written, plots = [], {}

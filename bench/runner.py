@@ -10,7 +10,7 @@ import torch
 from effkern import backends
 
 from . import cases as case_list
-from .end_to_end import train
+from .end_to_end import study, train
 from .machine import default_device, measure_roofs, new_results
 from .measure import Bench
 from .results import Results, Row
@@ -26,7 +26,7 @@ class Options:
     backends: Sequence[str] = ()  # empty: the automatic choice
     threads: int | None = None
     end_to_end: bool = True
-    end_to_end_seconds: float = 60.0
+    end_to_end_seconds: float | None = None  # None: as long as the study takes
     end_to_end_steps: int | None = None
     seconds: float = 1.2  # of timing, a pass
 
@@ -82,8 +82,9 @@ def run(options: Options, listener: Listener | None = None) -> Results:
     wanted: list[str | None] = [*options.backends] or [None]
     bench = Bench(device, results.roofs, wanted, options.full, options.seconds, listener.note)
     units = [(f"{case.name} {pass_}", 2.0 * options.seconds) for case, pass_ in pairs]
+    training = study(options.families)
     if options.end_to_end:
-        units.append((END_TO_END, options.end_to_end_seconds))
+        units.append((END_TO_END, options.end_to_end_seconds or training.seconds))
     listener.begin(units)
     try:
         for (case, pass_), (name, _) in zip(pairs, units, strict=False):
@@ -97,6 +98,7 @@ def run(options: Options, listener: Listener | None = None) -> Results:
                 device,
                 seconds=options.end_to_end_seconds,
                 steps=options.end_to_end_steps,
+                chosen=training,
                 progress=lambda step, steps, what: listener.step(step / steps, what),
             )
             listener.done(())

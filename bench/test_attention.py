@@ -29,7 +29,7 @@ def _measure(benchmark: Any, case: Case, pass_: str, name: str) -> None:
         verified = problem.verify(candidate)
         assert verified.verdict == "pass", verified.reason
     with torch.set_grad_enabled(pass_ != "forward"), candidate.context():
-        benchmark(problem.thunk(candidate.call, problem.inputs))
+        benchmark(problem.thunk(candidate, problem.inputs))
 
 
 @pytest.mark.parametrize(

@@ -254,13 +254,17 @@ def test_interrupt_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_report_renders(tmp_path: Path) -> None:
     report = pytest.importorskip("effkern.bench.report")
     rows = [row("gpt2-small/1024/bf16"), row("gpt2-small/1024/bf16", "backward"), row(TINY, ms=30.0)]
+    pays = {f"pays/1024/nb{n}/fp32": float(n) for n in (2, 4, 8)}
+    rows += [row(case, baseline=name, ratio=r / 2) for case, r in pays.items() for name in ("dense", "bmm")]
     rows += [row("grid/d64/512/full/fp32", verdict="fail", median_ms=None, ratio=None, share_of_roof=None)]
     written = report.write(results(*rows), tmp_path)
-    assert {path.name for path in written} == {"report.html", "ratios.png", "roofline.png", "training.png"}
+    assert {path.name for path in written} == {
+        *("report.html", "ratios.png", "roofline.png", "monarch.png", "training.png")
+    }
     page = (tmp_path / "report.html").read_text()
     assert "gpt2-small/1024/bf16" in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 8
 
 
 def test_command_line_runs_a_tiny_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,30 @@ def test_losses_match_plain_pytorch(dtype: torch.dtype, difference: float) -> No
 
 def test_a_rerun_gives_the_same_losses() -> None:
     def losses() -> list[float]:
-        variant = end_to_end.variants()[1:2]
+        alone = end_to_end.Study(end_to_end.study().variants[1:])
         result = end_to_end.train(
-            torch.device("cpu"), steps=4, config=SMALL, dtype=torch.float32, chosen=variant
+            torch.device("cpu"), steps=4, config=SMALL, dtype=torch.float32, chosen=alone
         )
         return result.curves[0].train_bits
 
     assert losses() == losses()
+
+
+def test_monarch_study_trains_projects_and_densifies() -> None:
+    result = end_to_end.train(
+        torch.device("cpu"),
+        steps=16,
+        config=SMALL,
+        dtype=torch.float32,
+        chosen=end_to_end.study(["monarch"]),
+    )
+    dense, sparse, projected, grown = result.curves
+    assert dense.path == "" and grown.path == ""  # what runs last in the grown model is PyTorch's
+    for curve in (sparse, projected):
+        assert curve.path.startswith("monarch_matmul_backward:cpu/")
+        assert curve.parameters == sparse.parameters < dense.parameters
+    assert grown.parameters == dense.parameters
+    # Until the middle the pairs are the same training; the dense model after projection is not far from where it was.
+    assert projected.train_bits[:8] == dense.train_bits[:8] and grown.train_bits[:8] == sparse.train_bits[:8]
+    assert abs(grown.train_bits[8] - sparse.train_bits[8]) < 1e-3
+    assert all(curve.train_bits[-1] < curve.train_bits[0] - 1.0 for curve in result.curves)

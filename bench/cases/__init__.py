@@ -20,10 +20,17 @@ Call = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a user would pick instead. `context` is entered around a call, outside the timed interval."""
+    """What a user would pick instead. `context` is entered around a call, outside the timed interval.
+
+    A baseline may have weights of its own: `prepare` makes its arguments from the inputs, outside the timed interval.
+    Its gradients are then those of its arguments; `results` says which of the oracle's gradients each one is, None for
+    none.
+    """
 
     call: Call
     context: Context = contextlib.nullcontext
+    prepare: Callable[..., tuple[Tensor, ...]] | None = None
+    results: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True)
