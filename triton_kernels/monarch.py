@@ -268,7 +268,7 @@ def monarch_matmul_backward(grad_out, x, w1, w2, l_major=False, need_x=True, nee
             if need_w1:
                 problem.weight_gradient(sums1, grad_mid, x_part, count, (0, problem.r), (problem.p, x_part.stride(0)),
                                         first, middle=True)
-            if need_x:
+            if rows is not None:
                 problem.product(grad_mid, problem.w1, rows[begin:end], count, (0, problem.r),
                                 (problem.p, problem.k * problem.p), problem.k, transposed=True, middle_in=True)
     grad_w1, grad_w2 = (none if sums is None else sums.sum(0).to(x.dtype) for sums in (sums1, sums2))
