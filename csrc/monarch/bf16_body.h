@@ -54,7 +54,7 @@ EFFKERN_INLINE int64_t pair_floats(const Shape& shape) {
 static int64_t pair_scratch_bytes(const Shape& shape) {
   const int64_t group = max64(padded(widest(shape)), padded(shape.s) * min64(kTogether, shape.l)) * kTokenTile;
   const int64_t rows = padded(max64(shape.q, shape.s)) * padded32(kTokenTile) / 2;  // A operand of a weight gradient
-  return max64(scratch_bytes(shape),
+  return max64(scratch_bytes<Bf16>(shape),
                (pair_floats(shape) + max64(group, rows)) * static_cast<int64_t>(sizeof(float)) + 64);
 }
 EFFKERN_INLINE Rooms rooms(const Shape& shape, void* scratch) {

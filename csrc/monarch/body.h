@@ -42,9 +42,11 @@ EFFKERN_INLINE int64_t slice_floats(const Shape& shape) {
   const int64_t slice = max64(max64(shape.p, max64(shape.q, shape.r)), shape.s * min64(kTogether, shape.l));
   return (padded(slice) + 16) * kTokenTile;
 }
+template <class T>
 static int64_t scratch_bytes(const Shape& shape) {
-  const int64_t block = max64(max64(shape.q * shape.p, shape.s * shape.r), kPanelRows * kDepth);
-  return (slice_floats(shape) + block) * static_cast<int64_t>(sizeof(float)) + 64;
+  const int64_t block = sizeof(T) == 2 ? max64(shape.q * shape.p, shape.s * shape.r) : 0;
+  const int64_t floats = slice_floats(shape) + max64(block, kPanelRows * kDepth);
+  return floats * static_cast<int64_t>(sizeof(float)) + 64;
 }
 
 EFFKERN_INLINE float* aligned(void* scratch) {

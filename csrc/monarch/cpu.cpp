@@ -32,7 +32,7 @@ Tensor monarch_cpu(const Tensor& x_in, const Tensor& w1_in, const Tensor& w2_in,
   // Factors that fit a cache beside it: a whole tile passes both in the cache of its thread. Larger ones are read once
   // for a chunk of tiles, whose middle is small enough to stay in the last-level cache. And where all tokens are no
   // more than that, the blocks of the factors share out better among the threads than whole tiles do.
-  constexpr int64_t kMiddle = 3 << 20;
+  constexpr int64_t kMiddle = 5 << 19;  // 2.5 MiB
   const int64_t threads = thread_count(), tile = kernels.token_tile;
   const int64_t tile_bytes = tile * shape.k * shape.q * int64_t{sizeof(float)};
   const int64_t factor_bytes = (w1_in.numel() + w2_in.numel()) * int64_t{sizeof(float)};

@@ -15,7 +15,7 @@ struct KernelTable {
       kLanes,
       kDotTokens,
       false,
-      scratch_bytes,
+      scratch_bytes<T>,
       widen<T>,
       prepared_bytes<T>,
       prepare<T>,

@@ -192,11 +192,14 @@ def test_weights_changed_in_place_count() -> None:
     assert torch.equal(effkern.monarch_matmul(x, w1, w2), 2 * before)
 
 
-def test_peak_memory_is_the_output_and_little_more() -> None:
+@pytest.mark.parametrize("width", [1024, 4096])
+def test_peak_memory_is_the_output_and_little_more(width: int, threads: Callable[[int], None]) -> None:
     from effkern.bench.memory import peak_extra_bytes
 
-    w1, w2 = factors(16, 64, 64, 16, 64, torch.float32)
-    x = torch.randn(4096, 1024)
+    threads(2)
+    block = width // 16
+    w1, w2 = factors(16, block, block, 16, block, torch.float32)
+    x = torch.randn(1024, width)
     peak = peak_extra_bytes(lambda: effkern.monarch_matmul(x, w1, w2), torch.device("cpu"))
     assert x.nbytes <= peak <= x.nbytes + (4 << 20)
 
