@@ -184,6 +184,22 @@ def test_weight_gradients_over_many_tokens_are_summed_in_float32() -> None:
         assert torch.equal(grad, torch.full((2, 2, 2), 40_000.0).bfloat16())  # type: ignore[arg-type]
 
 
+def test_few_large_blocks_train_through_two_products() -> None:
+    w1, w2 = factors(2, 512, 512, 2, 520, torch.float32)
+    x = torch.randn(64, 1024)
+    inputs: list[Tensor | None] = [x, w1, w2, torch.randn(1040)]
+    plain = results(lambda *a: effkern.monarch_matmul(*a, backend="cpu"), inputs)
+    assert effkern.backends.last().startswith("monarch_matmul_backward:cpu/")
+    ours = results(effkern.monarch_matmul, inputs)
+    assert effkern.backends.last() == "monarch_matmul:cpu/bmm"
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    effkern.monarch_matmul(*inputs)  # inference, and few tokens, take one pass
+    assert not effkern.backends.last().endswith("bmm")
+    results(effkern.monarch_matmul, [x[:8], w1, w2])
+    assert not effkern.backends.last().endswith("bmm")
+
+
 def test_weights_changed_in_place_count() -> None:
     w1, w2 = factors(4, 6, 6, 4, 6, torch.bfloat16)
     x = torch.randn(300, 24).bfloat16()
