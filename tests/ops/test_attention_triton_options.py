@@ -1,35 +1,24 @@
 """The general Triton kernels and the decode kernels under the interpreter, against the reference in float64.
 
-TRITON_INTERPRET holds for a process, so all cases run in one child process (this file as a script); each test looks up
-its own verdict. fp32 only: the interpreter's bf16 products are wrong.
+The cases run in a process of their own (tests/interpreted.py), in fp32.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attention_oracle import Case, check, differentiate, make, with_lse
+from interpreted import needs_interpreter, report, settle, verdicts
+from test_attention_options import MASKS, TERMS
 
-HERE = Path(__file__).parent
-sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
-
-from attention_oracle import Case, check, differentiate, make, with_lse  # noqa: E402
-from test_attention_options import MASKS, TERMS  # noqa: E402
-
-import effkern  # noqa: E402
-from effkern.reference import attention as reference  # noqa: E402
-from effkern.reference.attention_decode import attention_decode as decode_reference  # noqa: E402
-from effkern.testing import errors  # noqa: E402
+import effkern
+from effkern.reference import attention as reference
+from effkern.reference.attention_decode import attention_decode as decode_reference
+from effkern.testing import errors
 
 # Tiles of the interpreter are 16 x 16.
 SHAPE = Case(b=2, hq=2, hkv=1, sq=20, sk=37, d=16, dv=12)
@@ -114,30 +103,16 @@ def cases() -> dict[str, Callable[[], None]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    package = str(Path(effkern.__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": package}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="module", name="verdicts")
+def _verdicts() -> dict[str, str]:
+    return verdicts(__file__)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("name", cases())
 def test_interpreted(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "", verdicts[name]
+    settle(verdicts[name])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = {}
-    for name, case in cases().items():
-        torch.manual_seed(0)
-        try:
-            case()
-            found[name] = ""
-        except Exception:  # noqa: BLE001  a failure belongs to the test of that name
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    report(cases())

@@ -1,24 +1,17 @@
 """The Triton Monarch kernels against float64: under the interpreter everywhere, on the GPU where there is one.
 
-TRITON_INTERPRET is read when a kernel is defined and holds for the process, so the interpreted cases run in a child
-process (this file as a script), all in one go; each test then looks up its own verdict. fp32 only: the interpreter's
-bf16 products are wrong.
+The interpreted cases run in a process of their own (tests/interpreted.py), in fp32.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import json
 import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from interpreted import needs_device, needs_interpreter, needs_triton, report, settle, verdicts
 from torch import Tensor
 
 import effkern
@@ -211,63 +204,32 @@ EXTRA = {"needs": check_needs, "chunks": check_chunks, "shapes": check_shapes}
 INTERPRETED = {**EXTRA, "real tiles": check_real_tiles}
 
 
-def _release(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+@pytest.fixture(scope="module", name="verdicts")
+def _verdicts() -> dict[str, str]:
+    return verdicts(__file__)
 
 
-def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-def _interpreter_missing() -> str | None:
-    if _triton_missing():
-        return _triton_missing()
-    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
-        return "the interpreter of triton before 3.7 does not work with numpy 2.4 or later"
-    return None
-
-
-def _device_missing() -> str | None:
-    if _triton_missing():
-        return _triton_missing()
-    return None if torch.cuda.is_available() else "no CUDA device"
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    """Verdict of every interpreted case: "" or the traceback."""
-    child = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-@pytest.mark.skipif(_interpreter_missing() is not None, reason=str(_interpreter_missing()))
+@needs_interpreter
 @pytest.mark.parametrize("name", [*CASES, *INTERPRETED])
 def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert not verdicts[name], verdicts[name]
+    settle(verdicts[name])
 
 
-@pytest.mark.skipif(_device_missing() is not None, reason=str(_device_missing()))
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
 def test_device(name: str, dtype: torch.dtype) -> None:
     check({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
 
 
-@pytest.mark.skipif(_device_missing() is not None, reason=str(_device_missing()))
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", EXTRA)
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
     EXTRA[name](dtype, "cuda")
 
 
-@pytest.mark.skipif(_triton_missing() is not None, reason=str(_triton_missing()))
+@needs_triton
 def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from effkern._triton import monarch as launcher
 
@@ -280,7 +242,7 @@ def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2^31" in str(launcher.supports(cpu, torch.float32, {"l": 1 << 20, "s": 1 << 11}))
 
 
-@pytest.mark.skipif(_triton_missing() is not None, reason=str(_triton_missing()))
+@needs_triton
 def test_way_forward_follows_the_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens, or few l blocks, take the fused kernel; many of both go through the middle in memory."""
     from effkern._triton import monarch as launcher
@@ -297,29 +259,6 @@ def test_way_forward_follows_the_traffic(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not fused(8192, 8, 256) and not fused(8192, 16, 256)
 
 
-def _verdict(name: str) -> str:
-    from triton.runtime.errors import InterpreterError
-
-    try:
-        if name in CASES:
-            check(CASES[name], torch.float32, "cpu")
-        else:
-            torch.manual_seed(0)
-            INTERPRETED[name](torch.float32, "cpu")
-    except (
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        InterpreterError,
-    ):
-        return traceback.format_exc()
-    return ""
-
-
 if __name__ == "__main__":
-    # The interpreter's products are small; threads would only wait for each other.
-    torch.set_num_threads(1)
-    print(json.dumps({name: _verdict(name) for name in [*CASES, *INTERPRETED]}))
+    every = {name: partial(check, case, torch.float32, "cpu") for name, case in CASES.items()}
+    report(every | {name: partial(case, torch.float32, "cpu") for name, case in INTERPRETED.items()})
