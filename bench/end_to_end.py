@@ -213,7 +213,7 @@ def train(
     trainers = [Trainer.start(v, config, device, dtype, seed) for v in chosen.variants]
     held_out = _validation(corpus, config.context)
     interval = max(1, steps // VALIDATIONS)
-    fewest = min(steps, FEWEST_STEPS)
+    fewest = min(steps, max(FEWEST_STEPS, steps // 2 + 1))  # what happens halfway is part of it
     for step in range(steps):
         # The machine may have become busy since the steps were counted; all variants stop at the same one.
         if step >= fewest and limited and time.perf_counter() - began > PATIENCE * seconds:

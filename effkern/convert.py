@@ -94,9 +94,10 @@ def monarchize(
         ValueError: nblocks is not positive.
         TypeError: model is an nn.Linear itself, or filter is none of the above.
 
-    A layer is left alone, and the report says why, when the filter does not take it, when it shares its parameters with
-    another module, when its class is not exactly nn.Linear (others may be read from outside, as MultiheadAttention does
-    with its output projection), when a parametrization or a hook of torch.nn.utils computes its weight, when the weight
+    A layer is left alone, and the report says why, when the filter does not take it, when it stands in several places
+    or shares memory with another parameter, when its class is not exactly nn.Linear (others may be read from outside,
+    as MultiheadAttention does with its output projection), when it belongs to an nn.TransformerEncoderLayer (which
+    reads its weights), when it has hooks, when a parametrization or torch.nn.utils computes its weight, when the weight
     is not finite or not floating, or when a Monarch matrix would have as many parameters.
     """
     if nblocks < 1:
@@ -107,9 +108,10 @@ def monarchize(
     owners = _owners(model)
     report = MonarchReport()
     for parent, attribute, name, linear in list(_linears(model)):
-        reason = (
-            _reason(linear, owners, nblocks, rank) if takes(name, linear) else "the filter does not take it"
-        )
+        reason: str | None = "the filter does not take it"
+        if takes(name, linear):
+            read = isinstance(parent, nn.TransformerEncoderLayer)
+            reason = "its parent reads its weight" if read else _reason(linear, owners, nblocks, rank)
         if reason is not None:
             report.skipped.append((name, reason))
             continue
@@ -149,12 +151,16 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]
                 yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
 
 
+def _memory(parameter: Tensor) -> int:
+    return parameter.untyped_storage()._cdata
+
+
 def _owners(model: nn.Module) -> dict[int, int]:
-    """How many (module, attribute) places hold each parameter."""
+    """How many (module, attribute) places hold each piece of memory."""
     count: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
+            count[_memory(parameter)] = count.get(_memory(parameter), 0) + 1
     return count
 
 
@@ -165,8 +171,16 @@ def _reason(linear: nn.Linear, owners: dict[int, int], nblocks: int, rank: int |
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other parameters"
     weight = linear.weight
-    if any(owners.get(id(parameter), 1) > 1 for parameter in linear.parameters(recurse=False)):
-        return "it shares its parameters with another module"
+    if any(owners.get(_memory(parameter), 1) > 1 for parameter in linear.parameters(recurse=False)):
+        return "it stands in several places, or shares its parameters with another module"
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    if any(hooks):
+        return "it has hooks"
     if not weight.is_floating_point() or not weight.isfinite().all():
         return "its weight is not finite" if weight.is_floating_point() else f"its weight is {weight.dtype}"
     columns, rows = -(-linear.in_features // nblocks), -(-linear.out_features // nblocks)

@@ -155,3 +155,28 @@ def test_layers_that_stay() -> None:
 
 def test_names_are_public() -> None:
     assert effkern.convert.monarchize is monarchize
+
+
+def test_what_monarchize_must_not_break() -> None:
+    encoder = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    report = monarchize(nn.Sequential(encoder), nblocks=4)
+    assert report.replaced == [] and ("0.linear1", "its parent reads its weight") in report.skipped
+    encoder.eval()(torch.randn(2, 5, 64))
+    hooked = nn.Sequential(nn.Linear(32, 32))
+    hooked[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    assert monarchize(hooked, nblocks=4).skipped == [("0", "it has hooks")]
+    tied = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    tied[1].weight = nn.Parameter(tied[0].weight.data)
+    report = monarchize(tied, nblocks=4)
+    assert len(report.skipped) == 2 and all("shares its parameters" in reason for _, reason in report.skipped)
+    block = nn.Sequential(nn.Linear(32, 32))
+    assert "stands in several places" in monarchize(nn.Sequential(block, block), nblocks=4).skipped[0][1]
+
+
+def test_layer_under_autocast_keeps_its_precision() -> None:
+    layer = MonarchLinear(16, 16, nblocks=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = layer.to_linear()
+    assert dense.weight.dtype == torch.float32 and torch.equal(dense.weight, layer.dense_weight())
+    with pytest.raises(RuntimeError, match="x must have 16 features"):
+        layer(torch.tensor(1.0))

@@ -42,7 +42,7 @@ Tensor monarch_cpu(const Tensor& x_in, const Tensor& w1_in, const Tensor& w2_in,
   if (tiles.tokens == 0) return out;
   shape.few = tiles.tokens <= kernels.few_tokens;
   const bool often = tiles.count >= kOften;
-  const Factor w1(w1_in, kernels, often), w2(w2_in, kernels, often);
+  const Factor w1(w1_in, kernels, often, false, !shape.few), w2(w2_in, kernels, often, false, !shape.few);
   std::optional<Bias> bias;
   if (bias_in) bias.emplace(*bias_in, kernels);
 
@@ -85,7 +85,7 @@ Tensor block_diag_cpu(const Tensor& x_in, const Tensor& w_in) {
   const Tiles tiles(x, kernels);
   if (tiles.tokens == 0) return out;
   shape.few = tiles.tokens <= kernels.few_tokens;
-  const Factor w(w_in, kernels, tiles.count >= kOften);
+  const Factor w(w_in, kernels, tiles.count >= kOften, false, !shape.few);
   const int64_t scratch_bytes = round_to_line(kernels.scratch_bytes(shape));
   const int64_t mid_bytes = tiles.bytes(shape.k * shape.q);
   Buffer mid, scratch;

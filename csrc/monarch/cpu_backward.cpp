@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> monarch_backward_cpu(const Tensor& gr
         if (of_first)
           kernels.first_gradient({shape, rows, floats(grad_mid, i * mid_bytes), part, sums1.block(part.begin), room});
         else
-          kernels.second_gradient({shape, rows.count, operands.data + i * operand_bytes,
+          kernels.second_gradient({shape, rows.count, need_w2 ? operands.data + i * operand_bytes : nullptr,
                                    floats(grad_lanes, i * out_bytes), part, sums2.block(part.begin),
                                    need_bias ? bias_sums.data() : nullptr, room});
       }
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> block_diag_backward_cpu(const Tensor& grad_out_in, co
   const Tensor x = as_rows(x_in), grad_out = as_rows(grad_out_in);
   const Tensor grad_x_rows = need_x ? as_rows(grad_x) : grad_x;
   const Tiles tiles(x, kernels);
-  const Factor w(w_in, kernels, tiles.count >= kOften, kernels.transposes);
+  const Factor w(w_in, kernels, tiles.count >= kOften, kernels.transposes, need_x);
   const Sums sums(need_w, grad_w, w_in, kernels);
   const Slices slices(need_w, shape.k, shape.q, shape.p);
   const int64_t chunk = chunk_tiles(), in_flight = std::min(chunk, tiles.count);

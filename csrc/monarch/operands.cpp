@@ -96,12 +96,12 @@ Tensor new_gradient(bool wanted, const Tensor& like) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()});
 }
 
-Factor::Factor(const Tensor& t, const Kernels& kernels, bool often, bool transposed)
+Factor::Factor(const Tensor& t, const Kernels& kernels, bool often, bool transposed, bool prepared)
     : storage(torch::stable::contiguous(t)),
       weights{storage.const_data_ptr(), nullptr} {
   const int64_t blocks = t.size(0), rows = t.size(1), columns = t.size(2);
   const int64_t bytes = kernels.prepared_bytes(rows, columns, transposed, often);
-  if (!bytes) return;
+  if (!bytes || !prepared) return;
   room.reserve(blocks * bytes);
   const char* source = static_cast<const char*>(weights.raw);
   const int64_t size = rows * columns * static_cast<int64_t>(t.element_size());

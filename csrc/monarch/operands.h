@@ -70,7 +70,8 @@ struct Factor {
   Buffer room;
   Weights weights;
 
-  Factor(const Tensor& t, const Kernels& kernels, bool often, bool transposed = false);
+  // Not `prepared`: only read in place.
+  Factor(const Tensor& t, const Kernels& kernels, bool often, bool transposed = false, bool prepared = true);
 };
 // From this many token tiles on, a widened copy costs less than widening each block for each tile.
 constexpr int64_t kOften = 4;

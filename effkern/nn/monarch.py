@@ -79,7 +79,7 @@ class MonarchLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"MonarchLinear: x must have {self.in_features} features, got shape {tuple(x.shape)}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -35,9 +36,20 @@ def register_kernel(op: str, kernel: Callable[..., Any], *keys: str) -> None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype a floating tensor has inside an op under the autocast mode of its device."""
     device = tensor.device.type
-    if tensor.is_floating_point() and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if tensor.is_floating_point() and tensor.dtype != torch.float64 and _autocasts(tensor):
         return torch.get_autocast_dtype(device)
     return tensor.dtype
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type  # meta tensors know no autocast
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Switches autocast off on the device of a tensor, where there is such a thing."""
+    off = _autocasts(tensor)
+    return torch.autocast(tensor.device.type, enabled=False) if off else contextlib.nullcontext()
 
 
 def register_autocast(op: str, count: int | None = None) -> None:

@@ -17,7 +17,7 @@ def _require(op: str, condition: bool, message: str) -> None:
 
 def check_kinds(op: str, **named: Tensor | None) -> None:
     for name, tensor in named.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
 
 
@@ -48,11 +48,21 @@ def check_block_diag(op: str, x: Tensor, w: Tensor) -> None:
     _check_input(op, x, w.shape[0], w.shape[2], "w")
 
 
+def check_factors(op: str, w1: Tensor, w2: Tensor) -> None:
+    """Two factors that belong together."""
+    for name, w in (("w1", w1), ("w2", w2)):
+        _check_factor(op, name, w, w)
+    _require(op, w2.dtype == w1.dtype, f"w2 is {dtype_name(w2.dtype)} but w1 is {dtype_name(w1.dtype)}")
+    _require(op, w2.device == w1.device, "w2 is on another device than w1")
+    (k, q, _), (l, _, r) = w1.shape, w2.shape
+    _require(op, l * r == k * q, f"w2 reads {l} * {r} numbers, w1 gives {k} * {q}")
+
+
 def check_monarch(op: str, x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> None:
     _check_factor(op, "w1", w1, x)
     _check_factor(op, "w2", w2, x)
-    (k, q, p), (l, s, r) = w1.shape, w2.shape
-    _require(op, l * r == k * q, f"w2 reads {l} * {r} numbers, w1 gives {k} * {q}")
+    check_factors(op, w1, w2)
+    (k, _, p), (l, s, _) = w1.shape, w2.shape
     _check_input(op, x, k, p, "w1")
     if bias is not None:
         _require(

@@ -164,17 +164,19 @@ def _composed_monarch_backward(
     sent = grad_out.reshape(-1, *((l, s) if l_major else (s, l))).movedim(
         1 if l_major else 2, 0
     )  # (l, tokens, s)
-    none = x.new_empty(0)
-    grad_x = grad_w1 = grad_w2 = none
+    grad_x, grad_w1, grad_w2, grad_bias = (x.new_empty(0) for _ in range(4))
     if need_w2:
         mid = reference.block_diag_matmul(x, w1).reshape(-1, r, l).movedim(2, 0)
         grad_w2 = sent.mT @ mid
     if need_x or need_w1:
         grad_mid = (sent @ w2).permute(1, 2, 0).reshape(-1, k, q).transpose(0, 1)  # (k, tokens, q)
-        grad_w1 = grad_mid.mT @ rows if need_w1 else none
-        grad_x = (grad_mid @ w1).transpose(0, 1).reshape(x.shape) if need_x else none
-    grad_bias = grad_out.reshape(-1, l * s).sum(0, dtype=torch.float32).to(x.dtype) if need_bias else none
-    return grad_x, grad_w1.contiguous(), grad_w2.contiguous(), grad_bias
+        if need_w1:
+            grad_w1 = grad_mid.mT @ rows
+        if need_x:
+            grad_x = (grad_mid @ w1).transpose(0, 1).reshape(x.shape)
+    if need_bias:
+        grad_bias = grad_out.reshape(-1, l * s).sum(0, dtype=torch.float32).to(x.dtype)
+    return grad_x.contiguous(), grad_w1.contiguous(), grad_w2.contiguous(), grad_bias
 
 
 def _composed_block_diag(x: Tensor, w: Tensor) -> Tensor:
@@ -190,7 +192,8 @@ def _composed_block_diag_backward(
     k, q, p = w.shape
     sent, rows = (t.reshape(-1, k, n).transpose(0, 1) for t, n in ((grad_out, q), (x, p)))
     grad_x = (sent @ w).transpose(0, 1).reshape(x.shape) if need_x else x.new_empty(0)
-    return grad_x, sent.mT @ rows if need_w else x.new_empty(0)
+    grad_w = sent.mT @ rows if need_w else x.new_empty(0)
+    return grad_x.contiguous(), grad_w.contiguous()
 
 
 def _triton_monarch(

@@ -10,7 +10,7 @@ from torch import Tensor
 from effkern import backends
 from effkern.ops import _monarch_complex as planes
 from effkern.ops import registry
-from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode
+from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode, without_autocast
 from effkern.ops._monarch_checks import check_block_diag, check_kinds, check_monarch
 from effkern.ops._monarch_dispatch import (
     ORDERS,
@@ -107,13 +107,14 @@ def monarch_matmul(
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument, what was expected and what
             came.
         effkern.backends.Unavailable: the backend asked for cannot run.
-        NotImplementedError: differentiated twice or in forward mode, on any backend but the reference.
+        NotImplementedError: differentiated twice or in forward mode, on any backend but the reference (and the two
+            products named under Cost).
 
     Numerics:
-        Sums in float32. The middle stays in float32 on CPU levels without bfloat16 products, elsewhere it is rounded to
-        16-bit inputs' dtype, as two matmuls would. Gradients of the weights are summed over all tokens in float32, in
-        the order of the tokens. Deterministic: the bits do not depend on the number of threads. Under autocast all
-        arguments are cast to the autocast dtype (complex ones are not).
+        Sums in float32. The middle stays in float32, but for bfloat16 inputs on CPU levels with bfloat16 products and
+        for 16-bit inputs on a GPU: there it is rounded, as two matmuls would. Gradients of the weights are summed over
+        all tokens in float32, in the order of the tokens. Deterministic: the bits of the one-pass kernels do not depend
+        on the number of threads. Under autocast all arguments are cast to the autocast dtype (complex ones are not).
 
     Cost:
         `monarch_flops`, `monarch_bytes`. Backward computes the middle again instead of saving it. Only float32 training
@@ -147,7 +148,7 @@ def monarch_matmul(
         return kernel(x, w1, w2, bias, l_major)
     check_monarch("monarch_matmul", x, w1, w2, bias)
     (k, _, _), (l, s, _) = w1.shape, w2.shape
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = kernel(
             planes.double_input(x, k), planes.double_first(w1), planes.double_second(w2), None, l_major
         )
@@ -203,7 +204,7 @@ def block_diag_matmul(x: Tensor, w: Tensor, *, backend: str | None = None) -> Te
         return kernel(x, w)
     check_block_diag("block_diag_matmul", x, w)
     k, q, _ = w.shape
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = kernel(planes.double_input(x, k), planes.double_first(w))
     return planes.join(out.unflatten(-1, (2, k * q)), -2)
 

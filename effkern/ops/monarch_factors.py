@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effkern.ops._monarch_checks import check_kinds
+from effkern.ops._dispatch import without_autocast
+from effkern.ops._monarch_checks import check_factors, check_kinds
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul
 
 __all__ = ["monarch_chain", "monarch_dense", "monarch_project"]
@@ -36,7 +37,7 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
     Numerics:
         In float64 (complex128), rounded once. The singular vectors are eigenvectors of the smaller Gram matrix of each
         slice, which costs a few times less than a singular value decomposition; the error is that of the optimum to
-        about 1e-8 of the norm. The sign of a singular pair is arbitrary.
+        about 1e-7 of the norm. The sign of a singular pair is arbitrary.
 
     Cost:
         nblocks^2 symmetric eigenproblems of order min(m, n) / nblocks.
@@ -75,19 +76,18 @@ def _leading_pairs(slices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         right, left = _leading_pairs(slices.mH, rank)
         return left.mH, right.mH
     # Scaled to 1, so that squares neither overflow nor vanish.
-    size = slices.abs().amax((-2, -1), keepdim=True)
-    scaled = slices / size.clamp(min=torch.finfo(torch.float64).tiny)
+    size = slices.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    scaled = slices / size
     _, vectors = torch.linalg.eigh(scaled @ scaled.mH)  # ascending
     u = vectors[..., -rank:].flip(-1)
     projected = (
-        u.mH @ slices
+        u.mH @ scaled
     )  # S V^H; U U^H A is the best approximation, however exact its singular values are
     sigma = projected.norm(dim=-1, keepdim=True)
-    root = sigma.sqrt()
+    root, half = sigma.sqrt(), size.sqrt()
     # A slice of lower rank has pairs of nothing; they stay zero.
-    return u * root.mT, torch.where(
-        sigma > 0, projected / root.clamp(min=torch.finfo(torch.float64).tiny), 0.0
-    )
+    right = torch.where(sigma > 0, projected / root.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    return u * root.mT * half, right * half
 
 
 def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
         RuntimeError: as `effkern.monarch_matmul`.
 
     Numerics:
-        Products in the dtype of the factors, as torch.matmul.
+        Products in the dtype of the factors, as torch.matmul; autocast changes nothing.
 
     Cost:
         2 m n q / l where l divides q; else that of multiplying the identity.
@@ -114,12 +114,16 @@ def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
         Dao et al. 2022 (Monarch), section 3.3 (reverse sparsification).
     """
     check_kinds("monarch_dense", w1=w1, w2=w2)
-    if w1.dim() != 3 or w2.dim() != 3 or w1.shape[1] % w2.shape[0] or w1.shape[1] == 0:
-        identity = torch.eye(w1.shape[0] * w1.shape[-1], dtype=w1.dtype, device=w1.device)
+    check_factors("monarch_dense", w1, w2)
+    with without_autocast(w1):
+        return _multiply_out(w1, w2)
+
+
+def _multiply_out(w1: Tensor, w2: Tensor) -> Tensor:
+    (k, q, p), (l, s, _) = w1.shape, w2.shape
+    if q % l:
+        identity = torch.eye(k * p, dtype=w1.dtype, device=w1.device)
         return monarch_matmul(identity, w1, w2, backend="reference").mT
-    (k, q, p), (l, s, r) = w1.shape, w2.shape
-    if l * r != k * q:
-        raise RuntimeError(f"monarch_dense: w2 reads {l} * {r} numbers, w1 gives {k} * {q}")
     right = w1.unflatten(1, (q // l, l)).permute(2, 0, 1, 3)  # (l, k, rank, p)
     left = w2.unflatten(2, (k, q // l)).transpose(1, 2)  # (l, k, s, rank)
     return (left @ right).permute(2, 0, 1, 3).reshape(s * l, k * p)
@@ -135,7 +139,7 @@ def monarch_chain(x: Tensor, factors: Sequence[Tensor], *, backend: str | None =
     Args:
         x: (..., k1 p1). Dtypes as in `effkern.monarch_matmul`.
         factors: w_i (k_i, q_i, p_i), at least one, with k_(i+1) p_(i+1) = k_i q_i; x's dtype.
-        backend: as in `effkern.monarch_matmul`.
+        backend: "cpu" or "reference"; with two factors as in `effkern.monarch_matmul`.
 
     Returns:
         out (..., k q) of the last factor, differentiable in x and every factor. One factor is `block_diag_matmul`.
@@ -145,10 +149,10 @@ def monarch_chain(x: Tensor, factors: Sequence[Tensor], *, backend: str | None =
         TypeError, RuntimeError, effkern.backends.Unavailable: as `effkern.monarch_matmul`.
 
     Numerics:
-        As `effkern.monarch_matmul`; between its pairs of factors results are rounded to x's dtype.
+        As `effkern.monarch_matmul`; after the second factor and each that follows results are rounded to x's dtype.
 
     Cost:
-        2 sum k q p a token. Two factors at a time in one pass.
+        2 sum k q p a token. The first two factors in one pass, each further one in a pass and a shuffle of its own.
 
     Source:
         Fu et al. 2023 (Monarch Mixer), section 3: order-p Monarch matrices.

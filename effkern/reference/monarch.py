@@ -9,7 +9,7 @@ def block_diag_matmul(x: Tensor, w: Tensor) -> Tensor:
     """out[kk q + j] = sum_i w[kk, j, i] x[kk p + i]; shapes as `effkern.block_diag_matmul`."""
     k, q, p = w.shape
     rows = x.reshape(-1, k, p).transpose(0, 1)  # (k, tokens, p)
-    return (rows @ w.mT).transpose(0, 1).reshape(*x.shape[:-1], k * q)
+    return (rows @ w.mT).transpose(0, 1).reshape(*x.shape[:-1], k * q).contiguous()
 
 
 def monarch_matmul(
@@ -20,5 +20,5 @@ def monarch_matmul(
     mid = block_diag_matmul(x, w1).reshape(-1, r, l).permute(2, 0, 1)  # (l, tokens, r)
     out = mid @ w2.mT  # (l, tokens, s)
     order = (1, 0, 2) if output_order == "l_major" else (1, 2, 0)
-    out = out.permute(order).reshape(*x.shape[:-1], l * s)
+    out = out.permute(order).reshape(*x.shape[:-1], l * s).contiguous()
     return out if bias is None else out + bias

@@ -265,3 +265,20 @@ def test_a_huge_number_of_tokens_is_indexed_in_64_bits() -> None:
         out = effkern.monarch_matmul(x, w1, w2)
     assert out.numel() > 1 << 31
     assert torch.equal(out[-1], out[0]) and torch.equal(out[tokens // 2], out[0])
+
+
+def test_meta_tensors_of_every_kind() -> None:
+    for dtype in (torch.float32, torch.float64, torch.complex64):
+        x, w = torch.empty(5, 8, dtype=dtype, device="meta"), torch.empty(2, 4, 4, dtype=dtype, device="meta")
+        assert effkern.monarch_matmul(x, w, w).shape == (5, 8)
+        assert effkern.block_diag_matmul(x, w).shape == (5, 8)
+        assert effkern.monarch_matmul(x, w, w, backend="reference").shape == (5, 8)
+
+
+@pytest.mark.sanitize
+def test_a_bias_alone() -> None:
+    """Frozen factors: the gradient of the bias over several tiles needs nothing else."""
+    w1, w2 = factors(4, 6, 6, 4, 6, torch.float32)
+    bias = torch.zeros(24, requires_grad=True)
+    effkern.monarch_matmul(torch.randn(200, 24), w1, w2, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((24,), 200.0))  # type: ignore[arg-type]

@@ -55,6 +55,20 @@ def test_dense_is_the_definition(data: st.DataObject) -> None:
     torch.testing.assert_close(torch.nn.functional.linear(x, dense), reference.monarch_matmul(x, w1, w2))
 
 
+def test_dense_says_what_is_wrong() -> None:
+    w = torch.ones(2, 4, 4)
+    for w1, w2, match in (
+        (w, torch.ones(0, 4, 4), "w2 must not be empty"),
+        (torch.tensor(1.0), w, "w1 must have shape"),
+        (w, w.double(), "w2 is float64 but w1 is float32"),
+        (w, torch.ones(2, 4, 5), r"w2 reads 2 \* 5 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            effkern.monarch_dense(w1, w2)
+    with pytest.raises(TypeError, match="w2 must be a tensor, got NoneType"):
+        effkern.monarch_dense(w, None)  # type: ignore[arg-type]
+
+
 def test_dense_has_gradients() -> None:
     for shape in ((2, 4, 3), (4, 3, 2)):  # one that 2 blocks divide, one that they do not
         w1 = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -71,7 +85,7 @@ def test_projection_is_the_optimum(data: st.DataObject) -> None:
     nblocks, s, p = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rank = draw(st.integers(1, min(s, p)))
     dtype = draw(st.sampled_from([torch.float64, torch.complex128]))
-    weight = torch.randn(nblocks * s, nblocks * p, dtype=dtype) * 10.0 ** draw(st.integers(-150, 150))
+    weight = torch.randn(nblocks * s, nblocks * p, dtype=dtype) * 10.0 ** draw(st.integers(-250, 250))
     w1, w2 = effkern.monarch_project(weight, nblocks, rank)
     assert w1.shape == (nblocks, nblocks * rank, p) and w2.shape == (nblocks, s, nblocks * rank)
     dense = effkern.monarch_dense(w1, w2)
