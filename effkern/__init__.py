@@ -19,6 +19,7 @@ from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 
@@ -38,6 +39,8 @@ __all__ = [
     "block_diag_matmul",
     "convert",
     "lambda_attention",
+    "long_conv",
+    "long_conv_prepare",
     "masks",
     "monarch_chain",
     "monarch_dense",

@@ -1,6 +1,7 @@
 """Modules with the signature of what they replace."""
 
 from effkern.nn.attention import Attention
+from effkern.nn.long_conv import LongConv
 from effkern.nn.monarch import MonarchLinear
 
-__all__ = ["Attention", "MonarchLinear"]
+__all__ = ["Attention", "LongConv", "MonarchLinear"]
