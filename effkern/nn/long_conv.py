@@ -22,8 +22,8 @@ class LongConv(nn.Module):
         skip: whether the input is added, weighted by channel.
         backend: as in `effkern.long_conv`.
 
-    Parameters: `kernel` (H, length) or (H, 2, length), `skip` (H) or None. Fresh kernels give outputs the variance of the
-    inputs, half of it by each direction where there are two; fresh skips have variance 1.
+    Parameters: `kernel` (H, length) or (H, 2, length), `skip` (H) or None. Fresh kernels give outputs the variance of
+    the inputs, half of it by each direction where there are two; fresh skips have variance 1.
     """
 
     def __init__(
