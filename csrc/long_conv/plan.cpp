@@ -1,0 +1,128 @@
+#include "long_conv/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "core/cpu/fft_build.h"
+
+namespace effkern::long_conv {
+namespace {
+
+constexpr int64_t kLargestWhole = 8192;  // a row and its tables in the second-level cache
+constexpr int64_t kColumns = 2048;       // of a large plan: a row and its tables near the first level
+constexpr int64_t kTileFloats = 16384;   // a tile of columns, complex: 64 KiB
+
+// Radices whose product is `count`, odd ones first; 16 and 8 while they divide.
+std::vector<int> radices_of(int64_t count) {
+  std::vector<int> odd, even;
+  for (int radix : {3, 5})
+    for (; count % radix == 0; count /= radix) odd.push_back(radix);
+  int bits = 0;
+  while ((int64_t{1} << bits) < count) ++bits;
+  // As few passes as radix 16 allows, as even as possible.
+  const int passes = (bits + 3) / 4;
+  for (int i = 0; i < passes; ++i) even.push_back(1 << ((bits * (i + 1)) / passes - (bits * i) / passes));
+  std::sort(even.rbegin(), even.rend());
+  odd.insert(odd.end(), even.begin(), even.end());
+  return odd;
+}
+
+struct OwnedPlan {
+  Plan plan{};
+  FftStorage storage;
+};
+
+std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
+  auto owned = std::make_unique<OwnedPlan>();
+  Plan& plan = owned->plan;
+  FftStorage& storage = owned->storage;
+  const int64_t leaf = lanes * lanes;
+  plan.size = size;
+  plan.whole = size <= std::max(kLargestWhole, leaf);
+  if (plan.whole) {
+    std::vector<int> radices = radices_of(size / leaf);
+    if (radices.empty()) radices.push_back(1);
+    plan.rows = radices[0];
+    plan.columns = plan.row_stride = plan.tile = size / plan.rows;
+    plan.inner = make_ring(storage, radices, leaf, 0.25, lanes);
+    plan.outer = plan.inner;
+    plan.outer.depth = 1;
+    return owned;
+  }
+  plan.columns = std::max(kColumns, leaf);
+  while (size % plan.columns != 0) plan.columns /= 2;
+  plan.rows = size / plan.columns;
+  plan.row_stride = plan.columns + lanes;
+  plan.tile = std::clamp<int64_t>(kTileFloats / 2 / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
+  while (plan.columns % plan.tile != 0 || plan.tile % lanes != 0) --plan.tile;
+  std::vector<double> phases;
+  plan.outer = make_ring(storage, radices_of(plan.rows), plan.tile, 0.25, 0, &phases);
+  plan.inner = make_ring(storage, radices_of(plan.columns / leaf), leaf, 0.25, lanes);
+
+  // Row p is modulo x^columns = e^(2 pi i phase): scaling x by the root of the difference makes that a quarter turn.
+  float* low = storage.floats(2 * plan.rows * plan.tile);
+  float* high = storage.floats(2 * plan.rows * (plan.columns / plan.tile));
+  plan.turn_low = low;
+  plan.turn_high = high;
+  const auto turns = [&](int64_t p, int64_t j) {
+    return static_cast<double>(j) * (phases[p] - 0.25) / static_cast<double>(plan.columns);
+  };
+  for (int64_t p = 0; p < plan.rows; ++p)
+    for (int64_t c = 0; c < plan.tile; ++c) {
+      float point[2];
+      circle_point(turns(p, c), point);
+      float* at = low + 2 * (p * plan.tile + c / lanes * lanes) + c % lanes;
+      at[0] = point[0];
+      at[lanes] = point[1];
+    }
+  for (int64_t tile = 0; tile < plan.columns / plan.tile; ++tile)
+    for (int64_t p = 0; p < plan.rows; ++p, high += 2) circle_point(turns(p, tile * plan.tile), high);
+  return owned;
+}
+
+// Rough time of a ring of this size, in passes over its numbers.
+double cost(int64_t size) {
+  const double passes = std::log2(static_cast<double>(size)) + 6.0;
+  return static_cast<double>(size) * passes * (size > kLargestWhole ? 1.25 : 1.0);
+}
+
+}  // namespace
+
+int64_t smallest_size(int64_t length, int64_t lanes) {
+  int64_t best = 0;
+  for (int64_t odd : {1, 3, 5, 15}) {
+    int64_t size = lanes * lanes * odd;
+    while (size < length) size *= 2;
+    if (best == 0 || size < best) best = size;
+  }
+  return best;
+}
+
+int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes) {
+  const int64_t whole = smallest_size(std::max(length, taps), lanes);
+  if (one_block) return whole;
+  int64_t best = whole;
+  double least = cost(whole);
+  for (int64_t size = smallest_size(taps, lanes); size < whole; size = smallest_size(size + 1, lanes)) {
+    // Every block but the first has an imaginary part.
+    const double time = static_cast<double>((length + size - 1) / size) * cost(size) * 1.1;
+    if (time < least) least = time, best = size;
+  }
+  return best;
+}
+
+const Plan& plan_for(int64_t size, int64_t lanes) {
+  static std::mutex mutex;
+  static auto& plans = *new std::map<std::pair<int64_t, int64_t>, std::unique_ptr<OwnedPlan>>;
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<OwnedPlan>& owned = plans[{size, lanes}];
+  if (!owned) owned = make_plan(size, lanes);
+  return owned->plan;
+}
+
+}  // namespace effkern::long_conv
