@@ -1,5 +1,5 @@
-"""Argument checks of the long convolutions: what the public functions alone know, and what csrc/long_conv/cpu.cpp
-checks, for every other path."""
+"""Argument checks of the long convolutions: what the public functions alone know, and what
+csrc/long_conv/operands.cpp checks, for every other path."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def check_kinds(**named: Tensor | None) -> None:
 
 def check_kernel(k: Tensor, channels: int | None, causal: bool) -> None:
     """The shape of k, alone or beside inputs of so many channels."""
-    rows = "channels" if channels is None else channels
-    expected = f"({rows}, taps)" if causal else f"({rows}, 2, taps)"
+    rows = "H" if channels is None else channels
+    expected = f"({rows}, Lk)" if causal else f"({rows}, 2, Lk)"
     fits = k.dim() == (2 if causal else 3) and (causal or k.shape[1] == 2)
     fits = fits and (channels is None or k.shape[0] == channels)
     _require(fits, f"k must have shape {expected} with causal={causal}, got {tuple(k.shape)}")
-    _require(k.shape[-1] >= 1, f"k must have at least one tap, got shape {tuple(k.shape)}")
+    _require(k.shape[-1] >= 1, f"k has no taps, got shape {tuple(k.shape)}")
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
@@ -38,6 +38,20 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         tensor.dtype in allowed,
         f"{name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}",
     )
+
+
+def check_like(name: str, tensor: Tensor, u: Tensor, shape: tuple[int, ...], any_float: bool = False) -> None:
+    """An argument that belongs to u; `any_float`: or float32, whatever u is."""
+    _require(
+        tuple(tensor.shape) == shape,
+        f"{name} has shape {tuple(tensor.shape)}, which does not fit u's {tuple(u.shape)}: expected {shape}",
+    )
+    _require(
+        tensor.dtype == u.dtype or (any_float and tensor.dtype == torch.float32),
+        f"{name} must have u's dtype{' or float32' if any_float else ''}, got {dtype_name(tensor.dtype)} beside "
+        f"{dtype_name(u.dtype)}",
+    )
+    _require(tensor.device == u.device, f"{name} is on another device than u")
 
 
 def check_convolution(
@@ -52,35 +66,23 @@ def check_convolution(
     """The arguments of the dispatcher's op."""
     check_dtype("u", u)
     _require(u.dim() == 3, f"u must have shape (B, H, L), got {tuple(u.shape)}")
-    _require(0 <= history <= u.shape[2], f"history is {history}, u has {u.shape[2]} positions")
-    _require(causal or history == 0, "only a causal convolution has a history")
-    _require(pre_gate is None or history == 0, "pre_gate does not go with a history, which is gated already")
     batch, channels, positions = u.shape
+    _require(
+        0 <= history <= positions,
+        f"history must be between 0 and the {positions} positions of u, got {history}",
+    )
+    _require(causal or history == 0, f"history must be 0 where taps look ahead, got {history}")
+    _require(pre_gate is None or history == 0, "pre_gate cannot be given with a history")
     check_kernel(k, channels, causal)
+    check_like("k", k, u, tuple(k.shape), any_float=True)
     if skip is not None:
-        _require(
-            skip.dim() == 1 and skip.shape[0] == channels,
-            f"skip must have shape ({channels},), got {tuple(skip.shape)}",
-        )
-    for name, weight in (("k", k), ("skip", skip)):
-        if weight is not None:
-            _require(
-                weight.dtype in (u.dtype, torch.float32),
-                f"{name} must be float32 or of u's dtype {dtype_name(u.dtype)}, got {dtype_name(weight.dtype)}",
-            )
-            _require(weight.device == u.device, f"{name} is on another device than u")
+        check_like("skip", skip, u, (channels,), any_float=True)
     for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):
         if gate is not None:
-            _check_like(name, gate, u, (batch, channels, positions - history))
+            check_like(name, gate, u, (batch, channels, positions - history))
 
 
-def _check_like(name: str, tensor: Tensor, u: Tensor, shape: tuple[int, ...]) -> None:
-    _require(tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    _require(tensor.dtype == u.dtype, f"{name} is {dtype_name(tensor.dtype)} but u is {dtype_name(u.dtype)}")
-    _require(tensor.device == u.device, f"{name} is on another device than u")
-
-
-def check_stream(
+def check_parts(
     u: Tensor,
     k: Tensor,
     pre_gate: Tensor | None,
@@ -88,7 +90,7 @@ def check_stream(
     state: Tensor | None,
     return_state: bool,
 ) -> None:
-    """The arguments that only the public function has, and those that it joins for the op."""
+    """What only the public function has, and what it joins for the op."""
     _require(u.dim() == 3, f"u must have shape (B, H, L), got {tuple(u.shape)}")
     batch, channels, length = u.shape
     check_kernel(k, channels, causal)
@@ -98,10 +100,9 @@ def check_stream(
             f"k has {k.shape[-1]} taps, u only {length} positions; cut k, or, where u is part of a longer input, "
             f"give state or ask for return_state",
         )
-        return
-    if not causal:
+    elif not causal:
         raise ValueError(f"{_OP}: state and return_state are for causal=True")
     if state is not None:
-        _check_like("state", state, u, (batch, channels, k.shape[-1] - 1))
+        check_like("state", state, u, (batch, channels, k.shape[-1] - 1))
         if pre_gate is not None:
-            _check_like("pre_gate", pre_gate, u, (batch, channels, length))
+            check_like("pre_gate", pre_gate, u, (batch, channels, length))

@@ -13,7 +13,7 @@ from effkern.ops._long_conv_checks import (
     check_dtype,
     check_kernel,
     check_kinds,
-    check_stream,
+    check_parts,
 )
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
 from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, cpu_refusal, reference_refusal
@@ -103,7 +103,7 @@ def long_conv(
     spectrum, taps = (k, k.k) if isinstance(k, Spectrum) else (None, k)
     check_kinds(u=u, k=taps, skip=skip, pre_gate=pre_gate, post_gate=post_gate, state=state)
     kernel = _has_kernel(u, backend)
-    check_stream(u, taps, pre_gate, causal, state, return_state)
+    check_parts(u, taps, pre_gate, causal, state, return_state)
     if spectrum is not None:
         spectrum.check(u.shape[2] + (0 if state is None else state.shape[2]), causal)
     x, gate, history = reference.with_state(u, pre_gate, state)
