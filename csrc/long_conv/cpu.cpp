@@ -46,12 +46,14 @@ Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spe
 // Sums over each group of batches, in float32, of the gradient of an argument that the batch shares.
 struct Shared {
   std::optional<Tensor> parts;
+  bool wanted;
   int64_t groups, channels, channel_floats = 0;
 
-  Shared(bool wanted, const Tensor& k, const std::optional<Tensor>& argument, int64_t groups_in, int64_t channels_in)
-      : groups(groups_in),
+  Shared(bool wanted_in, const Tensor& k, const std::optional<Tensor>& argument, int64_t groups_in, int64_t channels_in)
+      : wanted(wanted_in),
+        groups(groups_in),
         channels(channels_in) {
-    if (!wanted) return;
+    if (!wanted || channels == 0) return;
     channel_floats = argument->numel() / channels;
     parts = torch::stable::new_zeros(k, {groups, channels, channel_floats}, ScalarType::Float);
   }
@@ -60,7 +62,7 @@ struct Shared {
     return static_cast<float*>(parts->mutable_data_ptr()) + (group * channels + channel) * channel_floats;
   }
   Tensor total(const Tensor& like_in) const {
-    if (!parts) return like(like_in, false);
+    if (!parts) return like(like_in, wanted);
     const int64_t first[1] = {0};
     const Tensor sum = groups == 1 ? *parts : torch::stable::sum(*parts, first);
     return torch::stable::to(torch::stable::view(sum, like_in.sizes()), like_in.scalar_type());
@@ -85,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
 
   const int64_t groups = batch_groups(call.batches, call.channels), tasks = call.channels * groups;
   const bool empty = call.batches * call.channels * call.length == 0;
-  const Shared taps(need_k && tasks > 0, u, k, groups, call.channels);
-  const Shared skips(need_skip && skip && tasks > 0, u, skip, groups, call.channels);
+  const Shared taps(need_k, u, k, groups, call.channels);
+  const Shared skips(need_skip && skip, u, skip, groups, call.channels);
   if (empty) {
     if (need_u) torch::stable::fill_(const_cast<Tensor&>(grad_u), 0.0);
   } else {
@@ -114,8 +116,9 @@ Tensor long_conv_spectrum_cpu(const Tensor& k, int64_t length, bool causal) {
   EFFKERN_CHECK(length >= 1, "long_conv_spectrum: length must be at least 1, got ", length);
   EFFKERN_CHECK(k.dim() == (causal ? 2 : 3), "long_conv_spectrum: k must have shape (H, ", causal ? "Lk" : "2, Lk",
                 "), got ", shape_string(k));
-  // As if for a single sequence of that length.
-  const Tensor u = torch::stable::new_empty(k, {0, k.size(0), length}, k.scalar_type());
+  // As if for a single sequence of that length, or one that all taps reach into.
+  const int64_t positions = std::max(length, k.size(k.dim() - 1));
+  const Tensor u = torch::stable::new_empty(k, {0, k.size(0), positions}, k.scalar_type());
   const Operands call(u, k, {}, {}, {}, {}, 0, causal);
   const Tensor out = torch::stable::new_empty(k, {call.channels, spectrum_floats(call.plan->size)}, ScalarType::Float);
   const SlotScratch scratch(call, false, call.channels);

@@ -51,6 +51,7 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
   EFFKERN_CHECK(causal ? has_shape(k, {channels, taps}) : has_shape(k, {channels, 2, taps}),
                 "long_conv: k must have shape (", channels, causal ? ", Lk), got " : ", 2, Lk), got ", shape_string(k));
   EFFKERN_CHECK(taps >= 1, "long_conv: k has no taps");
+  reach = std::min(taps, std::max<int64_t>(history + length, 1));
   const auto check = [&](const char* name, const std::optional<Tensor>& t, bool fits, bool any_float) {
     if (!t) return;
     EFFKERN_CHECK(fits, "long_conv: ", name, " has shape ", shape_string(*t), ", which does not fit u's ",
@@ -81,7 +82,7 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
                     "long_conv: spectrum was prepared on another CPU level");
     plan = &plan_for(size, kernels->lanes);
   } else {
-    plan = &plan_for(block_size(std::max<int64_t>(length, 1), taps, !causal, kernels->lanes), kernels->lanes);
+    plan = &plan_for(block_size(std::max<int64_t>(length, 1), reach, !causal, kernels->lanes), kernels->lanes);
   }
   u = adjacent(u);
   k = as_float(k);
@@ -94,7 +95,7 @@ Tensor adjacent(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t
 
 Taps Operands::channel_taps(int64_t channel) const {
   const float* first = static_cast<const float*>(k.const_data_ptr()) + channel * (causal ? 1 : 2) * taps;
-  return {first, causal ? nullptr : first + taps, taps};
+  return {first, causal ? nullptr : first + taps, reach};
 }
 
 const float* Operands::channel_spectrum(int64_t channel) const {

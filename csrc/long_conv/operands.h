@@ -23,6 +23,7 @@ const Kernels& select_kernels(ScalarType dtype);
 // The arguments of a call, checked; tensors in the layout the units read.
 struct Operands {
   int64_t batches, channels, taps, history, length;  // length: of the outputs
+  int64_t reach;                                     // taps that meet an input; the others count for nothing
   Tensor u, k;                                       // k float32, contiguous
   std::optional<Tensor> spectrum, skip, pre_gate, post_gate;
   bool causal;
