@@ -21,6 +21,7 @@ from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
+from effkern.ops.short_conv import short_conv  # noqa: E402
 
 registry.discover()
 
@@ -46,5 +47,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "short_conv",
     "testing",
 ]
