@@ -18,7 +18,9 @@ struct SlotScratch {
   int64_t stride;
 
   SlotScratch(const Operands& call, bool backward, int64_t tasks)
-      : stride(round_to_line(call.kernels->scratch_floats(*call.plan, backward) * int64_t{sizeof(float)})) {
+      : stride(round_to_line(int64_t{sizeof(float)} * (call.plan
+                                                           ? call.kernels->scratch_floats(*call.plan, backward)
+                                                           : call.kernels->few_scratch_floats(call.channel_taps(0))))) {
     buffer.reserve(stride * slot_count(tasks));
   }
   void* of(int64_t slot) const { return buffer.data + slot * stride; }
@@ -35,10 +37,11 @@ Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spe
   const SlotScratch scratch(call, false, tasks);
   parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
     const int64_t channel = task / groups, group = task % groups;
-    call.kernels->forward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
-                           call.channel_skip(channel), channel_of(call.u, channel), channel_of(call.pre_gate, channel),
-                           channel_of(call.post_gate, channel), channel_of(out, channel), call.batches * group / groups,
-                           call.batches * (group + 1) / groups, call.history, call.length, scratch.of(slot)});
+    (call.plan ? call.kernels->forward : call.kernels->few_forward)(
+        {call.plan, call.channel_taps(channel), call.channel_spectrum(channel), call.channel_skip(channel),
+         channel_of(call.u, channel), channel_of(call.pre_gate, channel), channel_of(call.post_gate, channel),
+         channel_of(out, channel), call.batches * group / groups, call.batches * (group + 1) / groups, call.history,
+         call.length, scratch.of(slot)});
   });
   return *out;
 }
@@ -99,13 +102,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
     parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
       const int64_t channel = task / groups, group = task % groups;
       float* grad_taps = taps.of(group, channel);
-      call.kernels->backward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
-                              call.channel_skip(channel), channel_of(grad_out, channel), channel_of(call.u, channel),
-                              channel_of(call.pre_gate, channel), channel_of(call.post_gate, channel),
-                              wanted(grad_u, channel), wanted(grad_pre, channel), wanted(grad_post, channel), grad_taps,
-                              grad_taps && !causal ? grad_taps + call.taps : nullptr, skips.of(group, channel),
-                              call.batches * group / groups, call.batches * (group + 1) / groups, call.history,
-                              call.length, scratch.of(slot)});
+      (call.plan ? call.kernels->backward : call.kernels->few_backward)(
+          {call.plan, call.channel_taps(channel), call.channel_spectrum(channel), call.channel_skip(channel),
+           channel_of(grad_out, channel), channel_of(call.u, channel), channel_of(call.pre_gate, channel),
+           channel_of(call.post_gate, channel), wanted(grad_u, channel), wanted(grad_pre, channel),
+           wanted(grad_post, channel), grad_taps, grad_taps && !causal ? grad_taps + call.taps : nullptr,
+           skips.of(group, channel), call.batches * group / groups, call.batches * (group + 1) / groups, call.history,
+           call.length, scratch.of(slot)});
     });
   }
   const auto none = [&](const std::optional<Tensor>& t) { return t ? *t : u; };
@@ -116,8 +119,9 @@ Tensor long_conv_spectrum_cpu(const Tensor& k, int64_t length, bool causal) {
   EFFKERN_CHECK(length >= 1, "long_conv_spectrum: length must be at least 1, got ", length);
   EFFKERN_CHECK(k.dim() == (causal ? 2 : 3), "long_conv_spectrum: k must have shape (H, ", causal ? "Lk" : "2, Lk",
                 "), got ", shape_string(k));
-  // As if for a single sequence of that length, or one that all taps reach into.
-  const int64_t positions = std::max(length, k.size(k.dim() - 1));
+  // As if for sequences of that length, which all taps reach into; what few outputs do not need must not be missing
+  // where they are not few.
+  const int64_t positions = std::max({length, k.size(k.dim() - 1), kFewOutputs + 1});
   const Tensor u = torch::stable::new_empty(k, {0, k.size(0), positions}, k.scalar_type());
   const Operands call(u, k, {}, {}, {}, {}, 0, causal);
   const Tensor out = torch::stable::new_empty(k, {call.channels, spectrum_floats(call.plan->size)}, ScalarType::Float);

@@ -57,6 +57,10 @@ struct Kernels {
   void (*spectrum)(const Plan&, const Taps&, float* target, void* scratch);
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
+  // The same without plan and spectrum, for a handful of outputs and causal taps.
+  int64_t (*few_scratch_floats)(const Taps&);
+  void (*few_forward)(const Forward&);
+  void (*few_backward)(const Backward&);
 };
 
 const Kernels& kernels_scalar(Dtype dtype);

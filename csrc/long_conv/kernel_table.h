@@ -1,7 +1,7 @@
 // The entry points of a unit, for every dtype. Included last.
 #pragma once
 
-#include "long_conv/backward_body.h"
+#include "long_conv/few_body.h"
 
 namespace effkern {
 namespace EFFKERN_UNIT {
@@ -14,7 +14,10 @@ struct KernelTable {
                                                scratch_floats,
                                                spectrum,
                                                forward<T>,
-                                               backward<T>};
+                                               backward<T>,
+                                               few_scratch_floats,
+                                               few_forward<T>,
+                                               few_backward<T>};
 };
 
 static const long_conv::Kernels& kernels_for(long_conv::Dtype dtype) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,23 +14,29 @@
 namespace effkern::long_conv {
 namespace {
 
-constexpr int64_t kLargestWhole = 8192;  // a row and its tables in the second-level cache
-constexpr int64_t kColumns = 2048;       // of a large plan: a row and its tables near the first level
-constexpr int64_t kTileFloats = 16384;   // a tile of columns, complex: 64 KiB
+static const int64_t kLargestWhole =
+    getenv("LC_W") ? atoi(getenv("LC_W")) : 8192;  // a row and its tables in the second-level cache
+static const int64_t kColumns =
+    getenv("LC_C") ? atoi(getenv("LC_C")) : 2048;  // of a large plan: a row and its tables near the first level
+static const int64_t kTileFloats = getenv("LC_T") ? atoi(getenv("LC_T")) : 4096;  // a tile of columns, complex: 64 KiB
 
-// Radices whose product is `count`, odd ones first; 16 and 8 while they divide.
-std::vector<int> radices_of(int64_t count) {
-  std::vector<int> odd, even;
-  for (int radix : {3, 5})
-    for (; count % radix == 0; count /= radix) odd.push_back(radix);
-  int bits = 0;
-  while ((int64_t{1} << bits) < count) ++bits;
-  // As few passes as radix 16 allows, as even as possible.
-  const int passes = (bits + 3) / 4;
-  for (int i = 0; i < passes; ++i) even.push_back(1 << ((bits * (i + 1)) / passes - (bits * i) / passes));
-  std::sort(even.rbegin(), even.rend());
-  odd.insert(odd.end(), even.begin(), even.end());
-  return odd;
+// Radices whose product is `count`, odd ones first. Sixteen vector registers hold a pass of radix 4 with its factors,
+// and one of radix 8 with few spills; larger ones cost more in spills than they save in passes.
+std::vector<int> radices_of(int64_t count, int64_t lanes) {
+  std::vector<int> radices;
+  for (int odd : {3, 5})
+    for (; count % odd == 0; count /= odd) radices.push_back(odd);
+  const int largest = getenv("LC_R") ? atoi(getenv("LC_R")) : lanes == 16 ? 8 : 4;
+  for (; count > largest; count /= largest)
+    if (count == 2 * largest && largest == 4) {
+      radices.push_back(8);
+      count = 1;
+      break;
+    } else {
+      radices.push_back(largest);
+    }
+  if (count > 1) radices.push_back(static_cast<int>(count));
+  return radices;
 }
 
 struct OwnedPlan {
@@ -45,7 +52,7 @@ std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
   plan.size = size;
   plan.whole = size <= std::max(kLargestWhole, leaf);
   if (plan.whole) {
-    std::vector<int> radices = radices_of(size / leaf);
+    std::vector<int> radices = radices_of(size / leaf, lanes);
     if (radices.empty()) radices.push_back(1);
     plan.rows = radices[0];
     plan.columns = plan.row_stride = plan.tile = size / plan.rows;
@@ -61,8 +68,8 @@ std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
   plan.tile = std::clamp<int64_t>(kTileFloats / 2 / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
   while (plan.columns % plan.tile != 0 || plan.tile % lanes != 0) --plan.tile;
   std::vector<double> phases;
-  plan.outer = make_ring(storage, radices_of(plan.rows), plan.tile, 0.25, 0, &phases);
-  plan.inner = make_ring(storage, radices_of(plan.columns / leaf), leaf, 0.25, lanes);
+  plan.outer = make_ring(storage, radices_of(plan.rows, lanes), plan.tile, 0.25, 0, &phases);
+  plan.inner = make_ring(storage, radices_of(plan.columns / leaf, lanes), leaf, 0.25, lanes);
 
   // Row p is modulo x^columns = e^(2 pi i phase): scaling x by the root of the difference makes that a quarter turn.
   float* low = storage.floats(2 * plan.rows * plan.tile);
