@@ -7,13 +7,13 @@
 namespace effkern {
 namespace EFFKERN_UNIT {
 
-// sum_t g_t x_t, in float32 over stretches of 1024 and in float64 over those.
+// sum_t g_t x_t, in float32 over stretches of 256 and in float64 over those.
 template <class T>
 static double inner_product(const Gated<T>& g, const Gated<T>& x, int64_t history) {
   double total = 0.0;
-  for (int64_t begin = 0; begin < g.signal.length; begin += 1024) {
+  for (int64_t begin = 0; begin < g.signal.length; begin += 256) {
     Vec sum = vzero();
-    const int64_t end = min64(g.signal.length, begin + 1024);
+    const int64_t end = min64(g.signal.length, begin + 256);
     for (int64_t n = begin; n < end; n += kLanes) sum = vfma(g.read(n), x.read(history + n), sum);
     float lanes[kLanes];
     vstore(lanes, sum);

@@ -87,7 +87,8 @@ static void load_sequence(const Plan& plan, const Gated<T>& x, int64_t begin, fl
       rows, buffer);
 }
 
-static int64_t scratch_floats(const Plan& plan, bool backward) {
+static int64_t scratch_floats(const Plan* of, const Taps&, bool backward) {
+  const Plan& plan = *of;
   // The rows of one or two sequences, the spectrum, its gradient, a tile; each starts on a cache line.
   const int64_t line = 16;
   return (backward ? 2 : 1) * round_up(rows_floats(plan), line) + (backward ? 2 : 1) * round_up(2 * plan.size, line) +

@@ -8,7 +8,7 @@
 namespace effkern {
 namespace EFFKERN_UNIT {
 
-static int64_t few_scratch_floats(const Taps& taps) { return 2 * round_up(taps.count + kLanes, 16); }
+static int64_t few_scratch_floats(const Plan*, const Taps& taps, bool) { return 2 * round_up(taps.count + kLanes, 16); }
 
 struct FewScratch {
   float *reversed, *grad;
@@ -16,7 +16,7 @@ struct FewScratch {
   // `grad` starts from zero.
   FewScratch(const Taps& taps, void* memory)
       : reversed(static_cast<float*>(memory)),
-        grad(reversed + few_scratch_floats(taps) / 2) {
+        grad(reversed + round_up(taps.count + kLanes, 16)) {
     for (int64_t i = 0; i < taps.count; ++i) reversed[i] = taps.causal[taps.count - 1 - i];
     memset(reversed + taps.count, 0, kLanes * sizeof(float));
     memset(grad, 0, (taps.count + kLanes) * sizeof(float));

@@ -20,9 +20,6 @@ using torch::stable::Tensor;
 
 const Kernels& select_kernels(ScalarType dtype);
 
-// Up to so many outputs a product for every tap is less than the passes of a transform.
-constexpr int64_t kFewOutputs = 32;
-
 // The arguments of a call, checked; tensors in the layout the units read.
 struct Operands {
   int64_t batches, channels, taps, history, length;  // length: of the outputs
@@ -31,11 +28,13 @@ struct Operands {
   std::optional<Tensor> spectrum, skip, pre_gate, post_gate;
   bool causal;
   const Kernels* kernels;
-  const Plan* plan;  // null for a handful of outputs, which are computed one by one
+  Method method;
+  const Plan* plan;  // of a transform, else null
 
   Operands(const Tensor& u, const Tensor& k, const std::optional<Tensor>& spectrum, const std::optional<Tensor>& skip,
            const std::optional<Tensor>& pre_gate, const std::optional<Tensor>& post_gate, int64_t history, bool causal);
 
+  const auto& kernel() const { return kernels->methods[method]; }
   Taps channel_taps(int64_t channel) const;
   const float* channel_spectrum(int64_t channel) const;
   float channel_skip(int64_t channel) const;

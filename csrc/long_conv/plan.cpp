@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,11 +13,9 @@
 namespace effkern::long_conv {
 namespace {
 
-static const int64_t kLargestWhole =
-    getenv("LC_W") ? atoi(getenv("LC_W")) : 8192;  // a row and its tables in the second-level cache
-static const int64_t kColumns =
-    getenv("LC_C") ? atoi(getenv("LC_C")) : 2048;  // of a large plan: a row and its tables near the first level
-static const int64_t kTileFloats = getenv("LC_T") ? atoi(getenv("LC_T")) : 4096;  // a tile of columns, complex: 64 KiB
+constexpr int64_t kLargestWhole = 32768;  // a row of 256 KiB, in the second-level cache
+constexpr int64_t kColumns = 4096;        // of a larger plan: a row and its tables near the first level
+constexpr int64_t kTileNumbers = 2048;    // of a tile of columns: 16 KiB
 
 // Radices whose product is `count`, odd ones first. Sixteen vector registers hold a pass of radix 4 with its factors,
 // and one of radix 8 with few spills; larger ones cost more in spills than they save in passes.
@@ -26,16 +23,12 @@ std::vector<int> radices_of(int64_t count, int64_t lanes) {
   std::vector<int> radices;
   for (int odd : {3, 5})
     for (; count % odd == 0; count /= odd) radices.push_back(odd);
-  const int largest = getenv("LC_R") ? atoi(getenv("LC_R")) : lanes == 16 ? 8 : 4;
-  for (; count > largest; count /= largest)
-    if (count == 2 * largest && largest == 4) {
-      radices.push_back(8);
-      count = 1;
-      break;
-    } else {
-      radices.push_back(largest);
-    }
-  if (count > 1) radices.push_back(static_cast<int>(count));
+  const int64_t largest = lanes == 16 ? 8 : 4;
+  while (count > 1) {
+    const int64_t radix = count == 8 ? 8 : std::min(count, largest);  // 8 rather than 4 and 2
+    radices.push_back(static_cast<int>(radix));
+    count /= radix;
+  }
   return radices;
 }
 
@@ -65,7 +58,7 @@ std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
   while (size % plan.columns != 0) plan.columns /= 2;
   plan.rows = size / plan.columns;
   plan.row_stride = plan.columns + lanes;
-  plan.tile = std::clamp<int64_t>(kTileFloats / 2 / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
+  plan.tile = std::clamp<int64_t>(kTileNumbers / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
   while (plan.columns % plan.tile != 0 || plan.tile % lanes != 0) --plan.tile;
   std::vector<double> phases;
   plan.outer = make_ring(storage, radices_of(plan.rows, lanes), plan.tile, 0.25, 0, &phases);
@@ -110,9 +103,9 @@ int64_t smallest_size(int64_t length, int64_t lanes) {
   return best;
 }
 
-int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes) {
+int64_t transform_size(int64_t length, int64_t taps, bool causal, int64_t lanes) {
   const int64_t whole = smallest_size(std::max(length, taps), lanes);
-  if (one_block) return whole;
+  if (!causal) return whole;
   int64_t best = whole;
   double least = cost(whole);
   for (int64_t size = smallest_size(taps, lanes); size < whole; size = smallest_size(size + 1, lanes)) {
@@ -121,6 +114,14 @@ int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes) 
     if (time < least) least = time, best = size;
   }
   return best;
+}
+
+Choice choose(int64_t length, int64_t taps, bool causal, int64_t lanes) {
+  // Up to so many outputs, or taps, a product for every pair is less than the passes of a transform.
+  constexpr int64_t kOutputs = 32, kTaps = 64;
+  if (causal && length <= kOutputs) return {kFewOutputs, 0};
+  if (causal && taps <= kTaps) return {kFewTaps, 0};
+  return {kTransform, transform_size(length, taps, causal, lanes)};
 }
 
 const Plan& plan_for(int64_t size, int64_t lanes) {
