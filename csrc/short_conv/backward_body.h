@@ -29,48 +29,85 @@ static int64_t scratch_floats(int64_t taps) {
   return max64(room.bias_sum - room.line + kLanes, 3 * (kStretch + kDirectBlock));
 }
 
-// g for `count` outputs and zeros behind them to the end of the vector; adds to the sums of the taps and the bias.
-template <class T, int kTaps>
-EFFKERN_INLINE void grads_of_sums(const T* grad_out, const float* weight, int64_t taps, float bias, bool with_silu,
-                                  bool need_sums, int64_t count, const BackwardRoom& room, float* grads) {
-  const auto stored = [&](int64_t i, Vec g, int64_t width) {
-    vstore(grads + i, g);
-    if (width >= kLanes) return g;
-    memset(grads + i + width, 0, (kLanes - width) * sizeof(float));
-    return vload(grads + i);
-  };
-  Vec bias_sum = vzero();
-  if constexpr (kTaps > 0) {
-    Vec known[kTaps], sums[kTaps];
+// Everything about one vector of outputs in one go, for a number of taps that fits the registers.
+template <int kTaps, bool kSilu>
+struct FewTaps {
+  Vec known[kTaps], sums[kTaps], start, bias_sum;
+
+  EFFKERN_MEMBER FewTaps(const float* weight, float bias) : start(vset(bias)), bias_sum(vzero()) {
     for (int w = 0; w < kTaps; ++w) {
       known[w] = vbroadcast(weight + w);
       sums[w] = vzero();
     }
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Vec inputs[kTaps], sum = vset(bias);
-      for (int w = 0; w < kTaps; ++w) inputs[w] = vload(room.line + i + w);
-      Vec g = load_some(grad_out + i, count - i);
-      if (with_silu) {
-        for (int w = 0; w < kTaps; ++w) sum = vfma(known[w], inputs[w], sum);
-        g = vmul(g, silu_slope(sum));
-      }
-      g = stored(i, g, count - i);
-      for (int w = 0; w < kTaps; ++w) sums[w] = vfma(g, inputs[w], sums[w]);
-      bias_sum = vadd(bias_sum, g);
-    }
-    for (int w = 0; w < kTaps; ++w) vstore(room.sums + w * kLanes, vadd(vload(room.sums + w * kLanes), sums[w]));
-  } else {
-    const auto finish = [&](int64_t i, Vec sum, int64_t width) {
-      const Vec g = load_some(grad_out + i, width);
-      bias_sum = vadd(bias_sum, stored(i, with_silu ? vmul(g, silu_slope(sum)) : g, width));
-    };
-    if (with_silu)
-      direct_convolve<0>(room.line, weight, taps, vset(bias), count, finish);
-    else
-      for (int64_t i = 0; i < count; i += kLanes) finish(i, vzero(), min64(kLanes, count - i));
-    if (need_sums) direct_tap_sums(room.line, grads, taps, count, room.sums);
   }
-  vstore(room.bias_sum, vadd(vload(room.bias_sum), bias_sum));
+  EFFKERN_MEMBER Vec gradient(const float* line, Vec grad_out) const {
+    if (!kSilu) return grad_out;
+    Vec sum = start;
+    for (int w = 0; w < kTaps; ++w) sum = vfma(known[w], vload(line + w), sum);
+    return vmul(grad_out, silu_slope(sum));
+  }
+  EFFKERN_MEMBER void add(const float* line, Vec g) {
+    for (int w = 0; w < kTaps; ++w) sums[w] = vfma(g, vload(line + w), sums[w]);
+    bias_sum = vadd(bias_sum, g);
+  }
+  EFFKERN_MEMBER void store(const BackwardRoom& room) const {
+    for (int w = 0; w < kTaps; ++w) vstore(room.sums + w * kLanes, vadd(vload(room.sums + w * kLanes), sums[w]));
+    vstore(room.bias_sum, vadd(vload(room.bias_sum), bias_sum));
+  }
+};
+
+template <class T, int kTaps, bool kSilu>
+EFFKERN_INLINE void few_taps_backward(const T* grad_out, const float* weight, float bias, int64_t count,
+                                      const BackwardRoom& room, float* grads) {
+  FewTaps<kTaps, kSilu> all(weight, bias);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec g = all.gradient(room.line + i, load_full(grad_out + i));
+    vstore(grads + i, g);
+    all.add(room.line + i, g);
+  }
+  if (i < count) {
+    vstore(grads + i, all.gradient(room.line + i, load_some(grad_out + i, count - i)));
+    memset(grads + count, 0, kLanes * sizeof(float));
+    all.add(room.line + i, vload(grads + i));
+  }
+  all.store(room);
+}
+
+template <class T>
+struct StoreGradient {
+  const T* grad_out;
+  float* grads;
+  EFFKERN_MEMBER void operator()(int64_t i, Vec sum, int64_t width) const {
+    vstore(grads + i, vmul(load_some(grad_out + i, width), silu_slope(sum)));
+  }
+};
+
+template <class T>
+EFFKERN_INLINE void many_taps_backward(const T* grad_out, const float* weight, int64_t taps, float bias, bool with_silu,
+                                       bool need_sums, int64_t count, const BackwardRoom& room, float* grads) {
+  if (with_silu)
+    direct_convolve<0>(room.line, weight, taps, vset(bias), count, StoreGradient<T>{grad_out, grads});
+  else
+    widen_line(grad_out, count, grads);
+  memset(grads + count, 0, kLanes * sizeof(float));
+  if (!need_sums) return;
+  direct_tap_sums(room.line, grads, taps, count, room.sums);
+  Vec bias_sum = vload(room.bias_sum);
+  for (int64_t i = 0; i < count; i += kLanes) bias_sum = vadd(bias_sum, vload(grads + i));
+  vstore(room.bias_sum, bias_sum);
+}
+
+// The gradients of `count` sums, zeros behind them to the end of the vector; adds to the sums of the taps and the bias.
+template <class T, int kTaps>
+EFFKERN_INLINE void grads_of_sums(const T* grad_out, const float* weight, int64_t taps, float bias, bool with_silu,
+                                  bool need_sums, int64_t count, const BackwardRoom& room, float* grads) {
+  if constexpr (kTaps == 0)
+    many_taps_backward(grad_out, weight, taps, bias, with_silu, need_sums, count, room, grads);
+  else if (with_silu)
+    few_taps_backward<T, kTaps, true>(grad_out, weight, bias, count, room, grads);
+  else
+    few_taps_backward<T, kTaps, false>(grad_out, weight, bias, count, room, grads);
 }
 
 template <class T>
@@ -87,6 +124,12 @@ struct RowGradients {
     if (t.grad_past) grad_past = static_cast<char*>(t.grad_past) + row * size;
   }
 };
+
+// Gradients of inputs, those from..until of the ones that the line of gradients reaches.
+template <int kTaps, class Target>
+EFFKERN_INLINE void reversed_convolve(const BackwardRoom& room, int64_t taps, int64_t from, int64_t until, Target* to) {
+  direct_convolve<kTaps>(room.grads + from, room.reversed, taps, vzero(), until - from, StoreSums<Target>{to});
+}
 
 template <class T, int kTaps>
 static void backward_row(const Backward& t, const Row<T>& row, const RowGradients<T>& to, const BackwardRoom& room) {
@@ -105,15 +148,11 @@ static void backward_row(const Backward& t, const Row<T>& row, const RowGradient
     memset(grads + count, 0, (behind + kDirectBlock) * sizeof(float));
     // Gradients of the positions begin - reach .. begin - reach + made.
     const int64_t made = count + behind, of_past = min64(max64(0, reach - begin), made);
-    const auto convolve = [&](auto* target, int64_t from, int64_t until) {
-      direct_convolve<kTaps>(room.grads + from, room.reversed, row.taps, vzero(), until - from,
-                             [&](int64_t i, Vec sum, int64_t width) { store_some(target + i, sum, width); });
-    };
     if (to.grad_past && t.in.past_fp32)
-      convolve(static_cast<float*>(to.grad_past) + begin, 0, of_past);
+      reversed_convolve<kTaps>(room, row.taps, 0, of_past, static_cast<float*>(to.grad_past) + begin);
     else if (to.grad_past)
-      convolve(static_cast<T*>(to.grad_past) + begin, 0, of_past);
-    if (to.grad_x) convolve(to.grad_x + begin + of_past - reach, of_past, made);
+      reversed_convolve<kTaps>(room, row.taps, 0, of_past, static_cast<T*>(to.grad_past) + begin);
+    if (to.grad_x) reversed_convolve<kTaps>(room, row.taps, of_past, made, to.grad_x + begin + of_past - reach);
     memmove(room.grads, room.grads + count, reach * sizeof(float));
   }
 }

@@ -27,34 +27,53 @@ EFFKERN_INLINE void widen_line(const T* from, int64_t count, float* to) {
   if (i < count) vstore(to + i, load_some(from + i, count - i));
 }
 
+// kVectors vectors of sums from `line` on. `known` are the broadcast taps where their number is known when compiling.
+template <int kTaps, int kVectors>
+EFFKERN_INLINE void direct_block(const float* line, const float* weight, const Vec* known, int64_t taps, Vec start,
+                                 Vec* sums) {
+  for (int k = 0; k < kVectors; ++k) sums[k] = start;
+  if constexpr (kTaps > 0) {
+    for (int w = 0; w < kTaps; ++w)
+      for (int k = 0; k < kVectors; ++k) sums[k] = vfma(known[w], vload(line + k * kLanes + w), sums[k]);
+  } else {
+    for (int64_t w = 0; w < taps; ++w) {
+      const Vec tap = vbroadcast(weight + w);
+      for (int k = 0; k < kVectors; ++k) sums[k] = vfma(tap, vload(line + k * kLanes + w), sums[k]);
+    }
+  }
+}
+
 // Calls finish(i, sums, width) for every vector of outputs; width is less than kLanes in the last one only. kTaps is
 // the number of taps where it is known when compiling, else 0.
 template <int kTaps, class Finish>
 EFFKERN_INLINE void direct_convolve(const float* line, const float* weight, int64_t taps, Vec start, int64_t count,
                                     const Finish& finish) {
   constexpr int kVectors = kTaps > 0 ? 2 : kDirectVectors;
-  Vec known[kTaps > 0 ? kTaps : 1];
+  Vec known[kTaps > 0 ? kTaps : 1], sums[kVectors];
   for (int w = 0; w < kTaps; ++w) known[w] = vbroadcast(weight + w);
-  for (int64_t i = 0; i < count; i += kVectors * kLanes) {
-    Vec sums[kVectors];
-    for (int k = 0; k < kVectors; ++k) sums[k] = start;
-    if constexpr (kTaps > 0) {
-      for (int w = 0; w < kTaps; ++w)
-        for (int k = 0; k < kVectors; ++k) sums[k] = vfma(known[w], vload(line + i + k * kLanes + w), sums[k]);
-    } else {
-      for (int64_t w = 0; w < taps; ++w) {
-        const Vec tap = vbroadcast(weight + w);
-        for (int k = 0; k < kVectors; ++k) sums[k] = vfma(tap, vload(line + i + k * kLanes + w), sums[k]);
-      }
-    }
-    if (i + kVectors * kLanes <= count) {
+  int64_t i = 0;
+  if constexpr (kTaps > 0) {
+    for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
+      direct_block<kTaps, kVectors>(line + i, weight, known, taps, start, sums);
       for (int k = 0; k < kVectors; ++k) finish(i + k * kLanes, sums[k], int64_t{kLanes});
-    } else {
-      for (int k = 0; k < kVectors && i + k * kLanes < count; ++k)
-        finish(i + k * kLanes, sums[k], min64(kLanes, count - i - k * kLanes));
     }
   }
+  // Through memory: sums that are chosen when running would not stay in registers while they are made. Beside many taps
+  // that costs nothing, with few of them only the last block gets here.
+  float block[kVectors * kLanes];
+  while (i < count) {
+    direct_block<kTaps, kVectors>(line + i, weight, known, taps, start, sums);
+    for (int k = 0; k < kVectors; ++k) vstore(block + k * kLanes, sums[k]);
+    const int64_t end = min64(count, i + kVectors * kLanes);
+    for (const float* sum = block; i < end; i += kLanes, sum += kLanes) finish(i, vload(sum), min64(kLanes, end - i));
+  }
 }
+
+template <class T>
+struct StoreSums {
+  T* to;
+  EFFKERN_MEMBER void operator()(int64_t i, Vec sum, int64_t width) const { store_some(to + i, sum, width); }
+};
 
 // sums[w] += sum_i grad[i] line[i + w], one vector of partial sums a tap, for round_up(taps, kTapGroup) taps. The last
 // vector of grad is filled up with zeros.
@@ -79,23 +98,22 @@ EFFKERN_INLINE float sum_of_lanes(const float* lanes) {
   return total;
 }
 
-// The logistic function of x and of -x, each without cancellation.
-struct Logistic {
-  Vec of, of_minus;
-};
-
-EFFKERN_INLINE Logistic logistic(Vec x) {
-  const Vec magnitude = vmax(vsub(vzero(), x), x);
-  const Vec power = vexp2(vmul(magnitude, vset(-1.44269504088896341f)));
-  const Vec large = vdiv(vset(1.0f), vadd(power, vset(1.0f))), small = vmul(power, large);
-  return {select_greater(vzero(), x, small, large), select_greater(vzero(), x, large, small)};
+EFFKERN_INLINE Vec exp_of_minus_magnitude(Vec x) {
+  return vexp2(vmul(vmin(vsub(vzero(), x), x), vset(1.44269504088896341f)));
 }
 
-EFFKERN_INLINE Vec silu(Vec x) { return vmul(x, logistic(x).of); }
+// x / (1 + e^-x), with a power that never overflows.
+EFFKERN_INLINE Vec silu(Vec x) {
+  const Vec power = exp_of_minus_magnitude(x);
+  return vdiv(select_greater(vzero(), x, vmul(x, power), x), vadd(power, vset(1.0f)));
+}
 
+// s + x s (1 - s), s the logistic function of x.
 EFFKERN_INLINE Vec silu_slope(Vec x) {
-  const Logistic s = logistic(x);
-  return vmul(s.of, vfma(x, s.of_minus, vset(1.0f)));
+  const Vec power = exp_of_minus_magnitude(x);
+  const Vec large = vdiv(vset(1.0f), vadd(power, vset(1.0f))), small = vmul(power, large);
+  const Vec s = select_greater(vzero(), x, small, large), rest = select_greater(vzero(), x, large, small);
+  return vmul(s, vfma(x, rest, vset(1.0f)));
 }
 
 }  // namespace EFFKERN_UNIT

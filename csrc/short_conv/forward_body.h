@@ -50,6 +50,12 @@ struct Row {
   }
 };
 
+template <class T>
+struct StoreSilu {
+  T* to;
+  EFFKERN_MEMBER void operator()(int64_t i, Vec sum, int64_t width) const { store_some(to + i, silu(sum), width); }
+};
+
 template <class T, int kTaps>
 static void forward_row(const Row<T>& row, const float* weight, float bias, bool with_silu, T* out, float* line) {
   const int64_t reach = row.taps - 1;
@@ -66,10 +72,10 @@ static void forward_row(const Row<T>& row, const float* weight, float bias, bool
       }
     }
     if (source == line) row.fill(t, count, line);
-    T* to = out + t;
-    direct_convolve<kTaps>(source, weight, row.taps, vset(bias), count, [&](int64_t i, Vec sum, int64_t width) {
-      store_some(to + i, with_silu ? silu(sum) : sum, width);
-    });
+    if (with_silu)
+      direct_convolve<kTaps>(source, weight, row.taps, vset(bias), count, StoreSilu<T>{out + t});
+    else
+      direct_convolve<kTaps>(source, weight, row.taps, vset(bias), count, StoreSums<T>{out + t});
     t += count;
   }
 }

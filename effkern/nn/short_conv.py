@@ -91,7 +91,7 @@ class ShortConv(nn.Module):
             backend=backend,
             device="meta",
         )
-        made.weight, made.bias = conv.weight, conv.bias
+        made.weight, made.bias = conv.weight, conv.bias  # type: ignore[assignment]
         return made.train(conv.training)
 
     def extra_repr(self) -> str:

@@ -74,7 +74,9 @@ def bad_samples(device: str) -> list[BadSample]:
         bad("dtype of bias", "bias is float64, expected float32 as x", x, w, ones(3).double()),
         bad("dtype of state", "state is int64, expected float32", x, w, state=ones(2, 3, 3).long()),
         bad("integers", "x must be float32, bfloat16 or float16, got int64", x.long(), w.long()),
-        bad("complex", "x must be float32, bfloat16 or float16", x.cfloat(), w.cfloat()),
+        bad(
+            "complex", "x must be float32, bfloat16 or float16", x.to(torch.complex64), w.to(torch.complex64)
+        ),
         bad("not a tensor", "weight must be a tensor, got list", x, [1.0], error=TypeError),
         bad(
             "activation",
