@@ -19,6 +19,7 @@ from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 
@@ -36,6 +37,7 @@ __all__ = [
     "attention_merge",
     "backends",
     "block_diag_matmul",
+    "companion_kernel",
     "convert",
     "lambda_attention",
     "masks",
