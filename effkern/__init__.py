@@ -20,6 +20,8 @@ from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
 from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
+from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
+from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 
@@ -38,6 +40,7 @@ __all__ = [
     "backends",
     "block_diag_matmul",
     "companion_kernel",
+    "conv_accumulate",
     "convert",
     "lambda_attention",
     "masks",
@@ -48,5 +51,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "smooth_kernel",
     "testing",
+    "vandermonde_kernel",
 ]
