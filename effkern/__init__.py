@@ -22,6 +22,7 @@ from effkern.ops.attention_merge import attention_merge, lambda_attention  # noq
 from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
+from effkern.ops.short_conv import short_conv  # noqa: E402
 
 registry.discover()
 
@@ -49,5 +50,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "short_conv",
     "testing",
 ]
