@@ -19,7 +19,10 @@ from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
+from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
 from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
+from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 from effkern.ops.short_conv import short_conv  # noqa: E402
@@ -38,6 +41,8 @@ __all__ = [
     "attention_merge",
     "backends",
     "block_diag_matmul",
+    "companion_kernel",
+    "conv_accumulate",
     "convert",
     "lambda_attention",
     "long_conv",
@@ -51,5 +56,7 @@ __all__ = [
     "ops",
     "reference",
     "short_conv",
+    "smooth_kernel",
     "testing",
+    "vandermonde_kernel",
 ]
