@@ -19,6 +19,7 @@ from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.butterfly_conv import butterfly_conv, butterfly_factors  # noqa: E402
 from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
 from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
 from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
@@ -41,6 +42,8 @@ __all__ = [
     "attention_merge",
     "backends",
     "block_diag_matmul",
+    "butterfly_conv",
+    "butterfly_factors",
     "companion_kernel",
     "conv_accumulate",
     "convert",
