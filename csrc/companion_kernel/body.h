@@ -24,14 +24,23 @@ using companion_kernel::Backward;
 using companion_kernel::Forward;
 using companion_kernel::Shape;
 
-// A kernel that decays below the normal range would slow every product down a hundredfold on x86: zero instead.
-struct FlushSubnormals {
+// A kernel that decays below the normal range would slow every product down a hundredfold on x86: zero instead. Returns
+// the mode of before. (Not a destructor's work: its cleanup would bring the C++ library's symbols into the unit.)
+EFFKERN_INLINE unsigned flush_subnormals() {
 #if defined(__x86_64__)
-  unsigned before = __builtin_ia32_stmxcsr();
-  EFFKERN_MEMBER FlushSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
-  EFFKERN_MEMBER ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before); }
+  const unsigned before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(before | 0x8040);
+  return before;
+#else
+  return 0;
 #endif
-};
+}
+
+EFFKERN_INLINE void restore_mode([[maybe_unused]] unsigned mode) {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(mode);
+#endif
+}
 
 // Where the rows of a group of channels stand in its scratch.
 struct Layout {
@@ -103,7 +112,7 @@ static void walk_states(const Layout& at, float* scratch, float* out) {
 }
 
 static void forward(const Forward& t) {
-  [[maybe_unused]] const FlushSubnormals flush;
+  const unsigned mode = flush_subnormals();
   const Layout at(t.shape);
   load_matrices(at, t.shape, t.first, t.a, t.b, t.c, t.scratch);
   const int64_t length = t.shape.length, lanes = min64(kLanes, t.shape.channels - t.first);
@@ -120,6 +129,7 @@ static void forward(const Forward& t) {
     from_rows(chunk, lanes, count, out + l, length);
     memmove(t.scratch + at.waves, chunk + (count - at.history) * kLanes, at.history * kLanes * sizeof(float));
   }
+  restore_mode(mode);
 }
 
 // g from the end down to l = d, a chunk at a time, newest row last, and what the taps get from it. Leaves g[d],
@@ -183,7 +193,7 @@ static void backward_of_states(const Layout& at, float* scratch, float* grad_b, 
 }
 
 static void backward(const Backward& t) {
-  [[maybe_unused]] const FlushSubnormals flush;
+  const unsigned mode = flush_subnormals();
   const Layout at(t.shape);
   load_matrices(at, t.shape, t.first, t.a, t.b, t.c, t.scratch);
   const int64_t d = at.order, length = t.shape.length, lanes = min64(kLanes, t.shape.channels - t.first);
@@ -203,6 +213,7 @@ static void backward(const Backward& t) {
   from_rows(grad_a, lanes, d, t.grad_a + t.first * d, d);
   from_rows(grad_b, lanes, d, t.grad_b + t.first * d, d);
   from_rows(grad_c, lanes, d, t.grad_c + t.first * d, d);
+  restore_mode(mode);
 }
 
 static int64_t scratch_bytes(const Shape& shape) { return Layout(shape).used * static_cast<int64_t>(sizeof(float)); }

@@ -18,6 +18,8 @@ constexpr int kBlock = 8, kStep = 4;
 template <int kDirection>
 EFFKERN_INLINE void multiply_toeplitz(Vec sum[kBlock], const float* taps, const float* values, int64_t count) {
   for (int64_t j = count - kStep; j >= 0; j -= kStep) {
+    // Taps of the step before are loaded again: if the compiler kept them, sums would have to leave their registers.
+    asm volatile("" : : : "memory");
     Vec value[kStep];
 #pragma GCC unroll 4
     for (int q = 0; q < kStep; ++q) value[q] = vload(values + kDirection * (j + q) * kLanes);

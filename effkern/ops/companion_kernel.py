@@ -33,7 +33,7 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(f"companion_kernel: {message}")
 
 
-def _check(a: Tensor, b: Tensor, c: Tensor, length: int) -> None:
+def _check(a: Tensor, b: Tensor, c: Tensor) -> None:
     """What csrc/companion_kernel/cpu.cpp checks, for every other path."""
     allowed = (*FAST_DTYPES, torch.float64)
     _require(
@@ -104,9 +104,9 @@ def companion_kernel(a: Tensor, b: Tensor, c: Tensor, length: int, *, backend: s
     Source:
         Zhang et al. 2023 (SpaceTime: Effectively Modeling Time Series with Simple Discrete State Spaces), section 3.
     """
-    for name, t in (("a", a), ("b", b), ("c", c)):
+    for argument, t in (("a", a), ("b", b), ("c", c)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"companion_kernel: {name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"companion_kernel: {argument} must be a tensor, got {type(t).__name__}")
     if not isinstance(length, int):
         raise TypeError(f"companion_kernel: length must be an integer, got {type(length).__name__}")
     if length < 1:
@@ -116,7 +116,7 @@ def companion_kernel(a: Tensor, b: Tensor, c: Tensor, length: int, *, backend: s
         backends.check_name(name)
         if name != "reference":
             backends.select("companion_kernel", a.device.type, a.dtype, {}, name)
-    _check(a, b, c, length)
+    _check(a, b, c)
     usable = a.dtype in FAST_DTYPES and a.device.type in ("cpu", "cuda", "meta")
     with without_autocast(a):
         if name == "reference" or not usable:
@@ -128,7 +128,7 @@ def companion_kernel(a: Tensor, b: Tensor, c: Tensor, length: int, *, backend: s
 
 
 def _fake_forward(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
-    _check(a, b, c, length)
+    _check(a, b, c)
     return a.new_empty(a.shape[0], length)
 
 
@@ -140,7 +140,7 @@ def _fake_backward(
 
 def _composed_forward(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     """The key CUDA: PyTorch's batched products."""
-    _check(a, b, c, length)
+    _check(a, b, c)
     backends.record("companion_kernel:reference")
     return reference.companion_kernel(a, b, c, length)
 

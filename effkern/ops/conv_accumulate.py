@@ -83,7 +83,7 @@ def conv_accumulate(tile: Tensor, k_slice: Tensor, out: Tensor) -> Tensor:
     compute = torch.float64 if tile.dtype == torch.float64 else torch.float32
     x, k = tile.to(compute), k_slice.to(compute)
     with without_autocast(tile):
-        if min(length, reach) <= MOST_DIRECT:
+        if min(length, reach) <= MOST_DIRECT or tile.numel() == 0:  # MKL refuses transforms of no rows
             backends.record("conv_accumulate:composition/direct")
             added = _direct(x, k, reach)
         else:
