@@ -11,17 +11,20 @@ namespace EFFKERN_UNIT {
 using long_conv::Signal;
 using long_conv::Taps;
 
-// One sequence of a batch, or none.
+// One sequence of a batch, or none. Positions may lie outside [0, length): zeros are read there and nothing is written.
 template <class T>
 struct Sequence {
   T* data;
+  int64_t length;
 
-  EFFKERN_MEMBER Sequence(const Signal& signal, int64_t batch)
-      : data(signal.data ? static_cast<T*>(signal.data) + batch * signal.batch_stride : nullptr) {}
+  EFFKERN_MEMBER Sequence(const Signal& signal, int64_t batch, int64_t length_in)
+      : data(signal.data ? static_cast<T*>(signal.data) + batch * signal.batch_stride : nullptr),
+        length(length_in) {}
 
-  // Numbers from position n on; zero outside [0, length).
-  EFFKERN_MEMBER Vec read(int64_t n, int64_t length) const {
-    if (n >= 0 && n + kLanes <= length) return load_full(data + n);
+  EFFKERN_MEMBER bool holds(int64_t n, int64_t count) const { return n >= 0 && n + count <= length; }
+
+  EFFKERN_MEMBER Vec read(int64_t n) const {
+    if (holds(n, kLanes)) return load_full(data + n);
     if (n <= -kLanes || n >= length) return vzero();
     if (n >= 0) return load_some(data + n, length - n);
     T some[kLanes];
@@ -30,8 +33,11 @@ struct Sequence {
     return load_full(some);
   }
 
-  EFFKERN_MEMBER void write(int64_t n, int64_t length, Vec x) const {
-    if (n >= 0) return store_some(data + n, x, length - n);
+  EFFKERN_MEMBER void write(int64_t n, Vec x) const {
+    if (n >= 0) {
+      if (n < length) store_some(data + n, x, length - n);
+      return;
+    }
     if (n <= -kLanes) return;
     T some[kLanes];
     store_full(some, x);
@@ -39,23 +45,50 @@ struct Sequence {
   }
 };
 
-// What a channel is convolved with: u, times the gate where there is one.
+// A sequence times its gate, where it has one.
 template <class T>
 struct Gated {
-  Sequence<T> u, gate;
-  int64_t length;
+  Sequence<T> signal, gate;
 
   EFFKERN_MEMBER Vec read(int64_t n) const {
-    const Vec x = u.read(n, length);
-    return gate.data ? vmul(x, gate.read(n, length)) : x;
+    const Vec x = signal.read(n);
+    return gate.data ? vmul(x, gate.read(n)) : x;
+  }
+
+  // Positions n to n + count, `sign` times, every `step` floats a vector.
+  EFFKERN_MEMBER void copy(int64_t n, int64_t count, float sign, float* out, int64_t step) const {
+    const Vec factor = vset(sign);
+    if (!signal.holds(n, count)) {
+      for (int64_t c = 0; c < count; c += kLanes, out += step) vstore(out, vmul(factor, read(n + c)));
+    } else if (!gate.data) {
+      const T* x = signal.data + n;
+      for (int64_t c = 0; c < count; c += kLanes, out += step) vstore(out, vmul(factor, load_full(x + c)));
+    } else {
+      const T *x = signal.data + n, *g = gate.data + n;
+      for (int64_t c = 0; c < count; c += kLanes, out += step)
+        vstore(out, vmul(factor, vmul(load_full(x + c), load_full(g + c))));
+    }
   }
 };
 
-struct Nothing {
-  EFFKERN_MEMBER Vec operator()(int64_t) const { return vzero(); }
-};
+// Loads x_n + i sign x_(n + shift), n counted from `begin`; without the imaginary part where sign is 0.
+template <class T>
+static void load_sequence(const Plan& plan, const Gated<T>& x, int64_t begin, float sign, int64_t shift, float* rows,
+                          float* buffer) {
+  if (sign == 0.0f)
+    return load_rows<false>(
+        plan, [&](int64_t n, int64_t count, float* out) { x.copy(begin + n, count, 1.0f, out, kLanes); }, rows, buffer);
+  load_rows<true>(
+      plan,
+      [&](int64_t n, int64_t count, float* out) {
+        x.copy(begin + n, count, 1.0f, out, 2 * kLanes);
+        x.copy(begin + shift + n, count, sign, out + kLanes, 2 * kLanes);
+      },
+      rows, buffer);
+}
 
-static int64_t scratch_floats(const Plan& plan, bool backward) {
+static int64_t scratch_floats(const Plan* of, const Taps&, bool backward) {
+  const Plan& plan = *of;
   // The rows of one or two sequences, the spectrum, its gradient, a tile; each starts on a cache line.
   const int64_t line = 16;
   return (backward ? 2 : 1) * round_up(rows_floats(plan), line) + (backward ? 2 : 1) * round_up(2 * plan.size, line) +
@@ -81,28 +114,22 @@ struct Scratch {
 };
 
 // Taps that look ahead stand at the negative powers of x: x^-j = -i x^(size - j).
-static void make_spectrum(const Plan& plan, const Taps& taps, float* target, float* rows, float* tile) {
-  const Vec scale = vset(1.0f / static_cast<float>(plan.size));
-  const auto causal = [&](int64_t n) { return vmul(scale, load_some(taps.causal + n, taps.count - n)); };
+static void make_spectrum(const Plan& plan, const Taps& taps, float* target, float* rows, float* buffer) {
+  const float scale = 1.0f / static_cast<float>(plan.size);
+  const Gated<float> causal{{{const_cast<float*>(taps.causal), 0}, 0, taps.count}, {{nullptr, 0}, 0, 0}};
   if (!taps.anti) {
-    load_rows<false>(plan, [&](int64_t n) { return n < taps.count ? causal(n) : vzero(); }, Nothing{}, rows, tile);
+    load_rows<false>(
+        plan, [&](int64_t n, int64_t count, float* out) { causal.copy(n, count, scale, out, kLanes); }, rows, buffer);
   } else {
-    const auto element = [&](int64_t n) {
-      const int64_t j = plan.size - n;
-      return n > 0 && j < taps.count ? taps.anti[j] : 0.0f;
+    const auto fill = [&](int64_t n, int64_t count, float* out) {
+      causal.copy(n, count, scale, out, 2 * kLanes);
+      if (n == 0) out[0] += scale * taps.anti[0];
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t lag = plan.size - n - c;
+        out[c / kLanes * 2 * kLanes + kLanes + c % kLanes] = lag < taps.count ? -scale * taps.anti[lag] : 0.0f;
+      }
     };
-    const auto ahead = [&](int64_t n) {
-      float some[kLanes];
-      for (int c = 0; c < kLanes; ++c) some[c] = -element(n + c);
-      return vmul(scale, load_full(some));
-    };
-    const auto both = [&](int64_t n) {
-      const Vec x = n < taps.count ? causal(n) : vzero();
-      float first[kLanes] = {};
-      first[0] = taps.anti[0];
-      return n == 0 ? vfma(scale, load_full(first), x) : x;
-    };
-    load_rows<true>(plan, both, ahead, rows, tile);
+    load_rows<true>(plan, fill, rows, buffer);
   }
   work_on_rows<Step::spectrum>(plan, {rows, nullptr, nullptr, target});
 }
@@ -112,19 +139,13 @@ static void spectrum(const Plan& plan, const Taps& taps, float* target, void* me
   make_spectrum(plan, taps, target, scratch.a, scratch.tile);
 }
 
-// Calls write(t, y_t) for the convolution, without skip, of every position of one block.
-template <class T, class Write>
-EFFKERN_INLINE void convolve_block(const Plan& plan, const Gated<T>& x, int64_t begin, int64_t end, const float* k,
-                                   const Scratch& scratch, const Write& write) {
-  const auto now = [&](int64_t n) { return x.read(begin + n); };
-  const auto before = [&](int64_t n) { return vsub(vzero(), x.read(begin - plan.size + n)); };
-  if (begin > 0) {
-    load_rows<true>(plan, now, before, scratch.a, scratch.tile);
-  } else {
-    load_rows<false>(plan, now, Nothing{}, scratch.a, scratch.tile);
-  }
+// A block of outputs, without skip and gate, from position `begin` of x on; take(n, count, numbers) gets them.
+template <class T, class Take>
+EFFKERN_INLINE void convolve_block(const Plan& plan, const Gated<T>& x, int64_t begin, int64_t count, const float* k,
+                                   const Scratch& scratch, const Take& take) {
+  load_sequence(plan, x, begin, begin > 0 ? -1.0f : 0.0f, -plan.size, scratch.a, scratch.tile);
   work_on_rows<Step::convolve>(plan, {scratch.a, nullptr, k, nullptr});
-  store_rows(plan, scratch.a, end - begin, scratch.tile, write);
+  store_rows(plan, scratch.a, count, scratch.tile, take);
 }
 
 template <class T>
@@ -136,17 +157,28 @@ static void forward(const long_conv::Forward& t) {
     make_spectrum(plan, t.taps, scratch.k, scratch.a, scratch.tile);
     k = scratch.k;
   }
+  const bool skips = t.skip != 0.0f;
   const Vec skip = vset(t.skip);
   for (int64_t batch = t.batch_begin; batch < t.batch_end; ++batch) {
-    const Gated<T> x{{t.u, batch}, {t.pre_gate, batch}, t.history + t.length};
-    const Sequence<T> post(t.post_gate, batch), out(t.out, batch);
+    const int64_t total = t.history + t.length;
+    const Gated<T> x{{t.u, batch, total}, {t.pre_gate, batch, total}};
+    const Sequence<T> post(t.post_gate, batch, t.length), out(t.out, batch, t.length);
     for (int64_t block = 0; block < t.length; block += plan.size) {
-      const int64_t begin = t.history + block, end = t.history + min64(t.length, block + plan.size);
-      convolve_block(plan, x, begin, end, k, scratch, [&](int64_t n, Vec y) {
-        if (t.skip != 0.0f) y = vfma(skip, x.read(begin + n), y);
-        if (post.data) y = vmul(y, post.read(block + n, t.length));
-        out.write(block + n, t.length, y);
-      });
+      const int64_t begin = t.history + block;
+      convolve_block(plan, x, begin, min64(plan.size, t.length - block), k, scratch,
+                     [&](int64_t n, int64_t count, const float* numbers) {
+                       if (!skips && !post.data && out.holds(block + n, count)) {
+                         T* target = out.data + block + n;
+                         for (int64_t c = 0; c < count; c += kLanes) store_full(target + c, vload(numbers + c));
+                         return;
+                       }
+                       for (int64_t c = n; c < n + count; c += kLanes, numbers += kLanes) {
+                         Vec y = vload(numbers);
+                         if (skips) y = vfma(skip, x.read(begin + c), y);
+                         if (post.data) y = vmul(y, post.read(block + c));
+                         out.write(block + c, y);
+                       }
+                     });
     }
   }
 }

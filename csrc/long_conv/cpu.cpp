@@ -18,7 +18,8 @@ struct SlotScratch {
   int64_t stride;
 
   SlotScratch(const Operands& call, bool backward, int64_t tasks)
-      : stride(round_to_line(call.kernels->scratch_floats(*call.plan, backward) * int64_t{sizeof(float)})) {
+      : stride(round_to_line(int64_t{sizeof(float)} *
+                             call.kernel().scratch_floats(call.plan, call.channel_taps(0), backward))) {
     buffer.reserve(stride * slot_count(tasks));
   }
   void* of(int64_t slot) const { return buffer.data + slot * stride; }
@@ -35,7 +36,7 @@ Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spe
   const SlotScratch scratch(call, false, tasks);
   parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
     const int64_t channel = task / groups, group = task % groups;
-    call.kernels->forward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
+    call.kernel().forward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
                            call.channel_skip(channel), channel_of(call.u, channel), channel_of(call.pre_gate, channel),
                            channel_of(call.post_gate, channel), channel_of(out, channel), call.batches * group / groups,
                            call.batches * (group + 1) / groups, call.history, call.length, scratch.of(slot)});
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
     parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
       const int64_t channel = task / groups, group = task % groups;
       float* grad_taps = taps.of(group, channel);
-      call.kernels->backward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
+      call.kernel().backward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
                               call.channel_skip(channel), channel_of(grad_out, channel), channel_of(call.u, channel),
                               channel_of(call.pre_gate, channel), channel_of(call.post_gate, channel),
                               wanted(grad_u, channel), wanted(grad_pre, channel), wanted(grad_post, channel), grad_taps,
@@ -112,23 +113,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
   return {grad_u, taps.total(k), skip ? skips.total(*skip) : like(none(skip), false), grad_pre, grad_post};
 }
 
-Tensor long_conv_spectrum_cpu(const Tensor& k, int64_t length, bool causal) {
+Tensor long_conv_spectrum_cpu(const Tensor& k_in, int64_t length, bool causal) {
   EFFKERN_CHECK(length >= 1, "long_conv_spectrum: length must be at least 1, got ", length);
-  EFFKERN_CHECK(k.dim() == (causal ? 2 : 3), "long_conv_spectrum: k must have shape (H, ", causal ? "Lk" : "2, Lk",
-                "), got ", shape_string(k));
-  // As if for a single sequence of that length, or one that all taps reach into.
-  const int64_t positions = std::max(length, k.size(k.dim() - 1));
-  const Tensor u = torch::stable::new_empty(k, {0, k.size(0), positions}, k.scalar_type());
-  const Operands call(u, k, {}, {}, {}, {}, 0, causal);
-  const Tensor out = torch::stable::new_empty(k, {call.channels, spectrum_floats(call.plan->size)}, ScalarType::Float);
+  EFFKERN_CHECK(k_in.dim() == (causal ? 2 : 3), "long_conv_spectrum: k must have shape (H, ", causal ? "Lk" : "2, Lk",
+                "), got ", shape_string(k_in));
+  // As if for a sequence of that length, or one that all taps reach into.
+  const int64_t positions = std::max(length, k_in.size(k_in.dim() - 1));
+  const Tensor u = torch::stable::new_empty(k_in, {0, k_in.size(0), positions}, k_in.scalar_type());
+  Operands call(u, k_in, {}, {}, {}, {}, 0, causal);
+  // Whoever has few outputs or taps does without, but a longer input may come.
+  const int64_t lanes = call.kernels->lanes;
+  call.method = kTransform;
+  call.plan = &plan_for(transform_size(length, call.taps, causal, lanes), lanes);
+  const int64_t numbers = 2 * call.plan->size, stride = spectrum_floats(call.plan->size);
+  const Tensor out = torch::stable::new_empty(k_in, {call.channels, stride}, ScalarType::Float);
+  if (call.channels == 0) return out;
   const SlotScratch scratch(call, false, call.channels);
   float* data = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t stride = spectrum_floats(call.plan->size), numbers = 2 * call.plan->size;
   trace_record(call.kernels->forward_path);
   parallel_tasks(call.channels, [&](int64_t channel, int64_t slot) {
     float* row = data + channel * stride;
     call.kernels->spectrum(*call.plan, call.channel_taps(channel), row, scratch.of(slot));
-    std::fill(row + numbers, row + stride, static_cast<float>(call.kernels->lanes));
+    std::fill(row + numbers, row + stride, static_cast<float>(lanes));
   });
   return out;
 }

@@ -48,15 +48,18 @@ struct Backward {
   void* scratch;
 };
 
+// Plan and spectrum are those of a transform; other methods do without.
 struct Kernels {
   const char* forward_path;
   const char* backward_path;
   int64_t lanes;
-  int64_t (*scratch_floats)(const Plan&, bool backward);
-  // 2 plan.size floats, in the unit's own order, divided by the size.
+  // 2 plan.size floats, in the unit's own order, divided by the size; with the scratch of a forward transform.
   void (*spectrum)(const Plan&, const Taps&, float* target, void* scratch);
-  void (*forward)(const Forward&);
-  void (*backward)(const Backward&);
+  struct {
+    int64_t (*scratch_floats)(const Plan*, const Taps&, bool backward);
+    void (*forward)(const Forward&);
+    void (*backward)(const Backward&);
+  } methods[3];  // by Method
 };
 
 const Kernels& kernels_scalar(Dtype dtype);

@@ -1,7 +1,8 @@
 // The entry points of a unit, for every dtype. Included last.
 #pragma once
 
-#include "long_conv/backward_body.h"
+#include "long_conv/few_body.h"
+#include "long_conv/taps_body.h"
 
 namespace effkern {
 namespace EFFKERN_UNIT {
@@ -11,10 +12,10 @@ struct KernelTable {
   static constexpr long_conv::Kernels value = {"long_conv:cpu/" EFFKERN_UNIT_NAME,
                                                "long_conv_backward:cpu/" EFFKERN_UNIT_NAME,
                                                kLanes,
-                                               scratch_floats,
                                                spectrum,
-                                               forward<T>,
-                                               backward<T>};
+                                               {{scratch_floats, forward<T>, backward<T>},
+                                                {few_scratch_floats, few_forward<T>, few_backward<T>},
+                                                {taps_scratch_floats, taps_forward<T>, taps_backward<T>}}};
 };
 
 static const long_conv::Kernels& kernels_for(long_conv::Dtype dtype) {

@@ -67,6 +67,9 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
   check("post_gate", post_in, !post_in || has_shape(*post_in, {batches, channels, length}), false);
 
   kernels = &select_kernels(dtype);
+  const Choice choice = choose(length, reach, causal, kernels->lanes);
+  method = choice.method;
+  plan = nullptr;
   if (spectrum) {
     const Tensor& s = *spectrum;
     EFFKERN_CHECK(s.is_cpu() && s.scalar_type() == ScalarType::Float && s.dim() == 2 && s.is_contiguous() &&
@@ -80,9 +83,9 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
     if (channels > 0)
       EFFKERN_CHECK(static_cast<const float*>(s.const_data_ptr())[2 * size] == static_cast<float>(kernels->lanes),
                     "long_conv: spectrum was prepared on another CPU level");
-    plan = &plan_for(size, kernels->lanes);
-  } else {
-    plan = &plan_for(block_size(std::max<int64_t>(length, 1), reach, !causal, kernels->lanes), kernels->lanes);
+    if (method == kTransform) plan = &plan_for(size, kernels->lanes);
+  } else if (method == kTransform) {
+    plan = &plan_for(choice.size, kernels->lanes);
   }
   u = adjacent(u);
   k = as_float(k);

@@ -28,11 +28,13 @@ struct Operands {
   std::optional<Tensor> spectrum, skip, pre_gate, post_gate;
   bool causal;
   const Kernels* kernels;
-  const Plan* plan;
+  Method method;
+  const Plan* plan;  // of a transform, else null
 
   Operands(const Tensor& u, const Tensor& k, const std::optional<Tensor>& spectrum, const std::optional<Tensor>& skip,
            const std::optional<Tensor>& pre_gate, const std::optional<Tensor>& post_gate, int64_t history, bool causal);
 
+  const auto& kernel() const { return kernels->methods[method]; }
   Taps channel_taps(int64_t channel) const;
   const float* channel_spectrum(int64_t channel) const;
   float channel_skip(int64_t channel) const;

@@ -13,23 +13,23 @@
 namespace effkern::long_conv {
 namespace {
 
-constexpr int64_t kLargestWhole = 8192;  // a row and its tables in the second-level cache
-constexpr int64_t kColumns = 2048;       // of a large plan: a row and its tables near the first level
-constexpr int64_t kTileFloats = 16384;   // a tile of columns, complex: 64 KiB
+constexpr int64_t kLargestWhole = 32768;  // a row of 256 KiB, in the second-level cache
+constexpr int64_t kColumns = 4096;        // of a larger plan: a row and its tables near the first level
+constexpr int64_t kTileNumbers = 2048;    // of a tile of columns: 16 KiB
 
-// Radices whose product is `count`, odd ones first; 16 and 8 while they divide.
-std::vector<int> radices_of(int64_t count) {
-  std::vector<int> odd, even;
-  for (int radix : {3, 5})
-    for (; count % radix == 0; count /= radix) odd.push_back(radix);
-  int bits = 0;
-  while ((int64_t{1} << bits) < count) ++bits;
-  // As few passes as radix 16 allows, as even as possible.
-  const int passes = (bits + 3) / 4;
-  for (int i = 0; i < passes; ++i) even.push_back(1 << ((bits * (i + 1)) / passes - (bits * i) / passes));
-  std::sort(even.rbegin(), even.rend());
-  odd.insert(odd.end(), even.begin(), even.end());
-  return odd;
+// Radices whose product is `count`, odd ones first. Sixteen vector registers hold a pass of radix 4 with its factors,
+// and one of radix 8 with few spills; larger ones cost more in spills than they save in passes.
+std::vector<int> radices_of(int64_t count, int64_t lanes) {
+  std::vector<int> radices;
+  for (int odd : {3, 5})
+    for (; count % odd == 0; count /= odd) radices.push_back(odd);
+  const int64_t largest = lanes == 16 ? 8 : 4;
+  while (count > 1) {
+    const int64_t radix = count == 8 ? 8 : std::min(count, largest);  // 8 rather than 4 and 2
+    radices.push_back(static_cast<int>(radix));
+    count /= radix;
+  }
+  return radices;
 }
 
 struct OwnedPlan {
@@ -45,7 +45,7 @@ std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
   plan.size = size;
   plan.whole = size <= std::max(kLargestWhole, leaf);
   if (plan.whole) {
-    std::vector<int> radices = radices_of(size / leaf);
+    std::vector<int> radices = radices_of(size / leaf, lanes);
     if (radices.empty()) radices.push_back(1);
     plan.rows = radices[0];
     plan.columns = plan.row_stride = plan.tile = size / plan.rows;
@@ -58,11 +58,11 @@ std::unique_ptr<OwnedPlan> make_plan(int64_t size, int64_t lanes) {
   while (size % plan.columns != 0) plan.columns /= 2;
   plan.rows = size / plan.columns;
   plan.row_stride = plan.columns + lanes;
-  plan.tile = std::clamp<int64_t>(kTileFloats / 2 / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
+  plan.tile = std::clamp<int64_t>(kTileNumbers / plan.rows, std::max<int64_t>(16, lanes), plan.columns);
   while (plan.columns % plan.tile != 0 || plan.tile % lanes != 0) --plan.tile;
   std::vector<double> phases;
-  plan.outer = make_ring(storage, radices_of(plan.rows), plan.tile, 0.25, 0, &phases);
-  plan.inner = make_ring(storage, radices_of(plan.columns / leaf), leaf, 0.25, lanes);
+  plan.outer = make_ring(storage, radices_of(plan.rows, lanes), plan.tile, 0.25, 0, &phases);
+  plan.inner = make_ring(storage, radices_of(plan.columns / leaf, lanes), leaf, 0.25, lanes);
 
   // Row p is modulo x^columns = e^(2 pi i phase): scaling x by the root of the difference makes that a quarter turn.
   float* low = storage.floats(2 * plan.rows * plan.tile);
@@ -103,9 +103,9 @@ int64_t smallest_size(int64_t length, int64_t lanes) {
   return best;
 }
 
-int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes) {
+int64_t transform_size(int64_t length, int64_t taps, bool causal, int64_t lanes) {
   const int64_t whole = smallest_size(std::max(length, taps), lanes);
-  if (one_block) return whole;
+  if (!causal) return whole;
   int64_t best = whole;
   double least = cost(whole);
   for (int64_t size = smallest_size(taps, lanes); size < whole; size = smallest_size(size + 1, lanes)) {
@@ -114,6 +114,14 @@ int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes) 
     if (time < least) least = time, best = size;
   }
   return best;
+}
+
+Choice choose(int64_t length, int64_t taps, bool causal, int64_t lanes) {
+  // Up to so many outputs, or taps, a product for every pair is less than the passes of a transform.
+  constexpr int64_t kOutputs = 32, kTaps = 64;
+  if (causal && length <= kOutputs) return {kFewOutputs, 0};
+  if (causal && taps <= kTaps) return {kFewTaps, 0};
+  return {kTransform, transform_size(length, taps, causal, lanes)};
 }
 
 const Plan& plan_for(int64_t size, int64_t lanes) {

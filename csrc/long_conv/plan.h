@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/cpu/fft_tables.h"
+#include "core/trace.h"  // EFFKERN_API
 
 namespace effkern {
 namespace long_conv {
@@ -24,15 +25,24 @@ struct Plan {
   const float* turn_high;  // (columns / tile, rows), complex numbers
 };
 
-// The smallest sizes are lanes^2 times a product of 2, 3, 4, 5, 8 and 16.
+// Ways to compute a channel. Only the transform has taps that look ahead.
+enum Method : int { kTransform, kFewOutputs, kFewTaps };
+
+// How a call goes: the method, and the size of a transform's ring. `length` outputs are computed in one block, or,
+// where that is less work, in blocks that also see the block before; those need causal taps.
+struct Choice {
+  Method method;
+  int64_t size;
+};
+EFFKERN_API Choice choose(int64_t length, int64_t taps, bool causal, int64_t lanes);
+
+// The ring of the transform, whatever the method. The smallest that holds `length` numbers is lanes^2 times 1, 3, 5 or
+// 15 times a power of two.
+int64_t transform_size(int64_t length, int64_t taps, bool causal, int64_t lanes);
 int64_t smallest_size(int64_t length, int64_t lanes);
 
-// The blocks in which `length` outputs are computed with `taps` taps. One block holds everything, or causal
-// convolutions go block by block, each also seeing the block before.
-int64_t block_size(int64_t length, int64_t taps, bool one_block, int64_t lanes);
-
 // Shared by all calls, made once for each size.
-const Plan& plan_for(int64_t size, int64_t lanes);
+EFFKERN_API const Plan& plan_for(int64_t size, int64_t lanes);
 
 }  // namespace long_conv
 }  // namespace effkern

@@ -91,7 +91,7 @@ EFFKERN_INLINE int64_t rows_floats(const Plan& plan) { return 2 * plan.rows * pl
 EFFKERN_INLINE int64_t tile_floats(const Plan& plan) { return 3 * plan.rows * plan.tile; }
 
 // The passes down the columns of a tile. Its first pass reads `real` if the sequence is, else the tile itself.
-EFFKERN_INLINE void split_tile(const Plan& plan, const float* real, float* tile) {
+static void split_tile(const Plan& plan, const float* real, float* tile) {
   for (int d = 0; d < plan.outer.depth; ++d) {
     const FftLevel& level = plan.outer.levels[d];
     const int64_t length = level.remainder * level.radix;
@@ -106,7 +106,7 @@ EFFKERN_INLINE void split_tile(const Plan& plan, const float* real, float* tile)
   }
 }
 
-EFFKERN_INLINE void join_tile(const Plan& plan, float* tile, float* real) {
+static void join_tile(const Plan& plan, float* tile, float* real) {
   for (int d = plan.outer.depth - 1; d >= 0; --d) {
     const FftLevel& level = plan.outer.levels[d];
     const int64_t length = level.remainder * level.radix;
@@ -123,7 +123,7 @@ EFFKERN_INLINE void join_tile(const Plan& plan, float* tile, float* real) {
 
 // Between a tile and its columns of the rows, turned by the plan's factors.
 template <bool kBack>
-EFFKERN_INLINE void turn_tile(const Plan& plan, int64_t tile_index, float* tile, float* rows) {
+static void turn_tile(const Plan& plan, int64_t tile_index, float* tile, float* rows) {
   const float* high = plan.turn_high + 2 * tile_index * plan.rows;
   for (int64_t p = 0; p < plan.rows; ++p) {
     const Complex far = complex_broadcast(high + 2 * p);
@@ -141,43 +141,34 @@ EFFKERN_INLINE void turn_tile(const Plan& plan, int64_t tile_index, float* tile,
   }
 }
 
-// Loads the sequence read(n) + i imaginary(n), n from 0 to plan.size, kLanes numbers at a time.
-template <bool kComplex, class Read, class Imaginary>
-EFFKERN_INLINE void load_rows(const Plan& plan, const Read& read, const Imaginary& imaginary, float* rows,
-                              float* buffer) {
-  const int64_t tiles = plan.columns / plan.tile;
+// Loads a sequence: fill(n, count, out) writes its numbers n to n + count, complex as fft.h has them where kComplex.
+template <bool kComplex, class Fill>
+static void load_rows(const Plan& plan, const Fill& fill, float* rows, float* buffer) {
+  const int64_t tiles = plan.columns / plan.tile, stride = plan.whole ? plan.columns : plan.tile;
   float* tile = plan.whole ? rows : buffer;
   float* real = buffer + (plan.whole ? 0 : 2 * plan.rows * plan.tile);
   for (int64_t t = 0; t < tiles; ++t) {
     for (int64_t p = 0; p < plan.rows; ++p)
-      for (int64_t c = 0; c < plan.tile; c += kLanes) {
-        const int64_t n = p * plan.columns + t * plan.tile + c, at = p * plan.tile + c;
-        if (kComplex) {
-          complex_store(tile + 2 * at, {read(n), imaginary(n)});
-        } else {
-          vstore(real + at, read(n));
-        }
-      }
+      fill(p * plan.columns + t * plan.tile, plan.tile, kComplex ? tile + 2 * p * stride : real + p * stride);
     split_tile(plan, kComplex ? nullptr : real, tile);
     if (!plan.whole) turn_tile<false>(plan, t, tile, rows);
   }
 }
 
-// Hands the real parts of the sequence that the rows hold to write(n, numbers), n below `end`.
-template <class Write>
-EFFKERN_INLINE void store_rows(const Plan& plan, float* rows, int64_t end, float* buffer, const Write& write) {
+// Hands the real parts of the sequence that the rows hold to take(n, count, numbers); the last run may go beyond `end`.
+template <class Take>
+static void store_rows(const Plan& plan, float* rows, int64_t end, float* buffer, const Take& take) {
   const int64_t tiles = plan.columns / plan.tile;
   float* tile = plan.whole ? rows : buffer;
   float* real = buffer + (plan.whole ? 0 : 2 * plan.rows * plan.tile);
   for (int64_t t = 0; t < tiles; ++t) {
     if (!plan.whole) turn_tile<true>(plan, t, tile, rows);
     join_tile(plan, tile, real);
-    for (int64_t p = 0; p < plan.rows; ++p)
-      for (int64_t c = 0; c < plan.tile; c += kLanes) {
-        const int64_t n = p * plan.columns + t * plan.tile + c;
-        if (n >= end) break;
-        write(n, vload(real + p * plan.tile + c));
-      }
+    for (int64_t p = 0; p < plan.rows; ++p) {
+      const int64_t n = p * plan.columns + t * plan.tile;
+      if (n >= end) break;
+      take(n, min64(plan.tile, round_up(end - n, kLanes)), real + p * plan.tile);
+    }
   }
 }
 

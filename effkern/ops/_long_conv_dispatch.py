@@ -83,10 +83,9 @@ def _wanted(
 def _fake_spectrum(k: Tensor, length: int, causal: bool = True) -> Tensor:
     check_kernel(k, None, causal)
     check_dtype("k", k)
+    numbers: int | torch.SymInt = reference.transform_length(length, k.shape[-1]) + 2
     if k.device.type == "cpu" and isinstance(k, FakeTensor):  # the kernel's own affair
         numbers = torch.library.get_ctx().new_dynamic_size()
-    else:
-        numbers = reference.transform_length(length, k.shape[-1]) + 2
     return k.new_empty((k.shape[0], numbers), dtype=torch.float32)
 
 

@@ -17,46 +17,44 @@ class Spectrum:
     Attributes:
         k: the kernel itself; gradients go to it.
         length: the longest input it serves, state included.
-        causal: whether it was made for a causal convolution.
-        data: the transform, in an order of the backend's own; None where there is nothing to gain from one.
-        level: the CPU level whose order that is; "" on other devices, and where a compiler made it.
-        version: how often k had been changed in place by then; None where PyTorch does not count it.
+        data: the transform, in an order of the backend's own; None where the reference runs, which does its own.
+        level: the CPU level whose order that is; "" on other devices.
+        version: how often k had been changed in place by then; None where nobody counts.
+
+    Both are unknown, "" and None, where a compiled graph prepares.
     """
 
     k: Tensor
     length: int
-    causal: bool
     data: Tensor | None
     level: str
     version: int | None
 
-    def check(self, positions: int, causal: bool) -> None:
-        """RuntimeError unless the spectrum still belongs to its kernel and to a convolution of this kind."""
+    @classmethod
+    def of(cls, k: Tensor, length: int, data: Tensor | None) -> Spectrum:
+        if torch.compiler.is_compiling():
+            return cls(k, length, data, "", None)
+        return cls(k, length, data, _host.isa_active() if k.device.type == "cpu" else "", _version(k))
+
+    def check(self, positions: int) -> None:
+        """RuntimeError unless it is long enough and still belongs to its kernel."""
         if positions > self.length:
             raise RuntimeError(
                 f"long_conv: the spectrum serves up to {self.length} positions, state included, got {positions}"
             )
-        if causal != self.causal:
+        if not torch.compiler.is_compiling() and self.version not in (None, _version(self.k)):
             raise RuntimeError(
-                f"long_conv: the spectrum was made for causal={self.causal}, got causal={causal}"
-            )
-        if self.version != version_of(self.k):
-            raise RuntimeError(
-                "long_conv: k was changed in place after long_conv_prepare had made its spectrum; make it again"
+                "long_conv: k was changed in place after long_conv_prepare had made its spectrum; prepare it again"
             )
 
     def current(self) -> Tensor | None:
-        """The transform, unless another CPU level has been forced since: then k has to be transformed again."""
-        # A compiled graph belongs to one level; asking for it would break the graph.
-        if torch.compiler.is_compiling() or self.level in ("", _host.isa_active()):
-            return self.data
-        return None
+        """The transform, or None where k has to be transformed again."""
+        if torch.compiler.is_compiling():
+            # A graph cannot ask whether k has changed since, and training changes it all the time.
+            trains = torch.is_grad_enabled() and self.k.requires_grad
+            return None if trains and self.version is not None else self.data
+        return self.data if self.level in ("", _host.isa_active()) else None
 
 
-def version_of(k: Tensor) -> int | None:
+def _version(k: Tensor) -> int | None:
     return None if k.is_inference() else k._version
-
-
-def level_of(k: Tensor) -> str:
-    """The CPU level in force for a tensor."""
-    return "" if torch.compiler.is_compiling() or k.device.type != "cpu" else _host.isa_active()

@@ -18,7 +18,7 @@ from effkern.ops._long_conv_checks import (
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
 from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, cpu_refusal, reference_refusal
 from effkern.ops._long_conv_samples import bad_samples, calls, samples
-from effkern.ops._long_conv_spectrum import Spectrum, level_of, version_of
+from effkern.ops._long_conv_spectrum import Spectrum
 from effkern.reference import long_conv as reference
 
 __all__ = ["Spectrum", "long_conv", "long_conv_bytes", "long_conv_flops", "long_conv_prepare"]
@@ -80,8 +80,8 @@ def long_conv(
         TypeError: an argument is not a tensor.
         ValueError: backend is unknown; state or return_state with causal=False.
         RuntimeError: shapes, dtypes or devices do not fit; the kernel is longer than an input that is not given in
-            parts; the spectrum is too short for the input and its state, was made for the other value of causal, or k
-            was changed in place since. The message names the argument, what was expected and what came.
+            parts; the spectrum is too short for the input and its state, or k was changed in place since. The message
+            names the argument, what was expected and what came.
         effkern.backends.Unavailable: the backend asked for cannot run.
         NotImplementedError: differentiated twice or in forward mode, on any backend but the reference.
 
@@ -105,7 +105,7 @@ def long_conv(
     kernel = _has_kernel(u, backend)
     check_parts(u, taps, pre_gate, causal, state, return_state)
     if spectrum is not None:
-        spectrum.check(u.shape[2] + (0 if state is None else state.shape[2]), causal)
+        spectrum.check(u.shape[2] + (0 if state is None else state.shape[2]))
     x, gate, history = reference.with_state(u, pre_gate, state)
     if kernel:
         refuse_forward_mode("long_conv", x, taps, skip, gate, post_gate)
@@ -123,7 +123,8 @@ def long_conv_prepare(k: Tensor, length: int, *, causal: bool = True) -> Spectru
     """Transforms a kernel once for many convolutions with it, inference and training.
 
     `effkern.long_conv` takes the spectrum in place of k; gradients go to k as if it had been given. Prepare again after
-    each change of k: a spectrum whose kernel was changed in place is refused.
+    each change of k: a spectrum whose kernel was changed in place is refused. Code under torch.compile cannot see such
+    changes: there a spectrum from outside is taken as it is in inference, and not used where k trains.
 
     Args:
         k: (H, Lk), or (H, 2, Lk) with causal=False. float32, bfloat16 or float16; float64 keeps only k, since the
@@ -159,7 +160,7 @@ def long_conv_prepare(k: Tensor, length: int, *, causal: bool = True) -> Spectru
     data = None
     if _has_kernel(k, None):
         data = _OPS.long_conv_spectrum.default(k.detach(), length, causal)
-    return Spectrum(k, length, causal, data, level_of(k), version_of(k))
+    return Spectrum.of(k, length, data)
 
 
 registry.register(
