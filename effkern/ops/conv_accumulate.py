@@ -76,7 +76,7 @@ def conv_accumulate(tile: Tensor, k_slice: Tensor, out: Tensor) -> Tensor:
         2 B H T R, or three real transforms of T + R numbers a row: sizes T + R without large prime factors are fast.
 
     Source:
-        Oncescu et al. 2024 (FlashInference: Near-Linear Inference for Long Convolution Sequence Models), algorithm 2.
+        Oncescu et al. 2024 (FlashInference: Near-Linear Inference for Long Convolution Sequence Models), section 3.
     """
     _check(tile, k_slice, out)
     length, reach = tile.shape[2], out.shape[2]

@@ -40,7 +40,7 @@ def smooth_kernel(k: Tensor, squash: float = 0.1, width: int = 7) -> Tensor:
         width additions a number and two passes over memory.
 
     Source:
-        Fu et al. 2023 (Simple Hardware-Efficient Long Convolutions for Sequence Modeling), section 3.1.
+        Fu et al. 2023 (Simple Hardware-Efficient Long Convolutions for Sequence Modeling), section 3.
     """
     if not isinstance(k, Tensor) or not k.is_floating_point():
         what = dtype_name(k.dtype) if isinstance(k, Tensor) else type(k).__name__
