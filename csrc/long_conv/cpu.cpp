@@ -8,7 +8,11 @@ namespace effkern::long_conv {
 namespace {
 
 Tensor like(const Tensor& t, bool wanted = true) {
-  if (wanted) return torch::stable::new_empty(t, t.sizes(), t.scalar_type());
+  if (wanted) {
+    Tensor made = torch::stable::new_empty(t, t.sizes(), t.scalar_type());
+    prefer_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
+    return made;
+  }
   return torch::stable::new_empty(t, {0}, t.scalar_type());
 }
 
@@ -32,6 +36,7 @@ Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spe
       torch::stable::new_empty(u, {call.batches, call.channels, call.length}, u.scalar_type());
   trace_record(call.kernels->forward_path);
   if (out->numel() == 0) return *out;
+  prefer_huge_pages(out->mutable_data_ptr(), out->numel() * int64_t(out->element_size()));
   const int64_t groups = batch_groups(call.batches, call.channels), tasks = call.channels * groups;
   const SlotScratch scratch(call, false, tasks);
   parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
