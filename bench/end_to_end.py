@@ -92,7 +92,20 @@ def _densify(model: nn.Module) -> None:
                 setattr(module, name, child.to_linear())
 
 
-STUDIES = {"attention": _attention_study, "monarch": _monarch_study}
+def _long_conv_study() -> Study:
+    """A Hyena operator in place of attention; plain PyTorch convolves through torch.fft and F.conv1d."""
+
+    def mixer(backend: str | None) -> Parts:
+        return Parts(lambda config: effkern.nn.HyenaOperator(config.width, config.context, backend=backend))
+
+    variants = [
+        Variant("PyTorch", None, mixer("reference")),
+        Variant("effkern long convolutions", "long_conv", mixer(None)),
+    ]
+    return Study(variants, Config(context=2048), seconds=180.0)
+
+
+STUDIES = {"attention": _attention_study, "monarch": _monarch_study, "long_conv": _long_conv_study}
 
 
 def study(families: Sequence[str] = ()) -> Study:

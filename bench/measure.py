@@ -47,7 +47,7 @@ class Bench:
 
     def measure(self, case: Case, pass_: str) -> list[Row]:
         problem = Problem.build(case, pass_, self.device)
-        ours = {f"effkern {name or 'automatic'}": Baseline(case.ours(name)) for name in self.wanted}
+        ours = {f"effkern {name or 'automatic'}": case.candidate(name) for name in self.wanted}
         theirs = case.baselines(self.device, pass_, self.full)
         mine = _present({name: self._verify_ours(problem, name, call) for name, call in ours.items()})
         if not mine:
@@ -116,7 +116,7 @@ class Bench:
             problem = Problem.build(tiny, pass_, self.device)
             with torch.set_grad_enabled(pass_ != "forward"):
                 self.host_times[key] = host_us(
-                    problem.thunk(Baseline(tiny.ours(backend)), problem.inputs), self.device
+                    problem.thunk(tiny.candidate(backend), problem.inputs), self.device
                 )
         return self.host_times[key]
 

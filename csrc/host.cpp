@@ -12,6 +12,7 @@
 #include "attention/tiles.h"
 #include "core/cpu/isa.h"
 #include "core/trace.h"
+#include "long_conv/plan.h"
 
 namespace py = pybind11;
 
@@ -66,6 +67,32 @@ std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool cau
   return plan;
 }
 
+// How a long convolution runs on the level in use.
+py::dict long_conv_plan(int64_t length, int64_t taps, bool causal) {
+  if (length < 1 || taps < 1) throw py::value_error("long_conv_plan: length and taps must be at least 1");
+  const effkern::Isa level = effkern::isa_active();
+  const int64_t lanes = level >= effkern::Isa::avx512 ? 16 : level == effkern::Isa::avx2 ? 8 : 4;
+  const auto choice = effkern::long_conv::choose(length, taps, causal, lanes);
+  constexpr const char* names[] = {"transform", "few_outputs", "few_taps"};
+  py::dict plan;
+  plan["method"] = names[choice.method];
+  if (choice.method != effkern::long_conv::kTransform) return plan;
+  const auto& passes = effkern::long_conv::plan_for(choice.size, lanes);
+  const auto radices = [](const effkern::FftRing& ring, int begin) {
+    std::vector<int> found;
+    for (int d = begin; d < ring.depth; ++d) found.push_back(ring.levels[d].radix);
+    return found;
+  };
+  plan["size"] = choice.size;
+  plan["blocks"] = (length + choice.size - 1) / choice.size;
+  plan["rows"] = passes.rows;
+  plan["columns"] = passes.columns;
+  plan["tile"] = passes.tile;
+  plan["column_passes"] = radices(passes.outer, 0);
+  plan["row_passes"] = radices(passes.inner, passes.whole ? 1 : 0);
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -83,4 +110,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"), py::arg("bands") = std::vector<int64_t>{},
         py::arg("groups") = std::vector<int64_t>{},
         "Key tiles each query tile visits: (begin, end, partial), for the first head.");
+  m.def("long_conv_plan", &long_conv_plan, py::arg("length"), py::arg("taps"), py::arg("causal") = true,
+        "How a long convolution of `length` outputs runs on the CPU level in use: the method, and of a transform its "
+        "size, "
+        "the blocks, and the radices of the passes down the columns and along the rows, which end in leaves.");
 }

@@ -21,6 +21,11 @@
   "(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, bool l_major=False, bool need_x=True, bool need_w1=True, bool " \
   "need_w2=True, bool need_bias=False) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, Tensor grad_bias)"
 
+// `spectrum` is what long_conv_spectrum made of k; the first `history` inputs only come before the outputs.
+#define LONG_CONV_ARGUMENTS                                                                                       \
+  "Tensor u, Tensor k, Tensor? spectrum=None, Tensor? skip=None, Tensor? pre_gate=None, Tensor? post_gate=None, " \
+  "int history=0, bool causal=True"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
   m.def("attention_backward" ATTENTION_BACKWARD);
@@ -43,4 +48,18 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def(
       "block_diag_matmul_backward(Tensor grad_out, Tensor x, Tensor w, bool need_x=True, bool need_w=True) -> "
       "(Tensor grad_x, Tensor grad_w)");
+  m.def("long_conv(" LONG_CONV_ARGUMENTS ") -> Tensor");
+  m.def("long_conv_backward(Tensor grad_out, " LONG_CONV_ARGUMENTS
+        ", bool need_u=True, bool need_k=True, bool need_skip=True, bool need_pre=True, bool need_post=True) -> "
+        "(Tensor grad_u, Tensor grad_k, Tensor grad_skip, Tensor grad_pre, Tensor grad_post)");
+  m.def("long_conv_spectrum(Tensor k, int length, bool causal=True) -> Tensor");
+  m.def("short_conv(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, bool silu=False) -> Tensor");
+  m.def(
+      "short_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, "
+      "bool silu=False, bool need_x=True, bool need_weight=True, bool need_bias=True, bool need_state=True) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_state)");
+  m.def("companion_kernel(Tensor a, Tensor b, Tensor c, int length) -> Tensor");
+  m.def(
+      "companion_kernel_backward(Tensor grad_out, Tensor a, Tensor b, Tensor c, Tensor out) -> "
+      "(Tensor grad_a, Tensor grad_b, Tensor grad_c)");
 }

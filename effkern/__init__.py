@@ -19,8 +19,14 @@ from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
 from effkern.ops.attention_merge import attention_merge, lambda_attention  # noqa: E402
+from effkern.ops.butterfly_conv import butterfly_conv, butterfly_factors  # noqa: E402
+from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
+from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
+from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
+from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
+from effkern.ops.short_conv import short_conv  # noqa: E402
 
 registry.discover()
 
@@ -36,8 +42,14 @@ __all__ = [
     "attention_merge",
     "backends",
     "block_diag_matmul",
+    "butterfly_conv",
+    "butterfly_factors",
+    "companion_kernel",
+    "conv_accumulate",
     "convert",
     "lambda_attention",
+    "long_conv",
+    "long_conv_prepare",
     "masks",
     "monarch_chain",
     "monarch_dense",
@@ -46,5 +58,8 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "short_conv",
+    "smooth_kernel",
     "testing",
+    "vandermonde_kernel",
 ]

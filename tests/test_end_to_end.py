@@ -7,6 +7,7 @@ import torch
 
 from effkern.bench import end_to_end
 from effkern.bench.model import Config
+from effkern.bench.results import EndToEnd
 from effkern.bench.text import standard_library
 
 SMALL = Config(layers=2, width=64, heads=2, context=128)
@@ -26,8 +27,22 @@ def test_text_is_the_same_every_time_and_parts_do_not_overlap() -> None:
 def test_losses_match_plain_pytorch(dtype: torch.dtype, difference: float) -> None:
     device = torch.device("cpu")
     result = end_to_end.train(device, steps=12, config=SMALL, batch=2, dtype=dtype)
+    assert result.curves[0].path == ""
+    _assert_equal_losses(result, difference)
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_hyena_learns_as_through_torch_fft(dtype: torch.dtype, difference: float) -> None:
+    study = end_to_end.study(["long_conv"])
+    result = end_to_end.train(
+        torch.device("cpu"), steps=12, config=SMALL, batch=2, dtype=dtype, chosen=study
+    )
+    assert result.curves[0].path.endswith(":reference")
+    _assert_equal_losses(result, difference)
+
+
+def _assert_equal_losses(result: EndToEnd, difference: float) -> None:
     plain, *others = result.curves
-    assert plain.path == ""
     assert plain.train_bits[-1] < plain.train_bits[0] - 1.0  # it learns
     assert others
     for curve in others:

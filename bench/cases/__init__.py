@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Baseline:
 
     call: Call
     context: Context = contextlib.nullcontext
-    prepare: Callable[..., tuple[Tensor, ...]] | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None
     results: tuple[int | None, ...] | None = None
 
 
@@ -70,6 +71,10 @@ class Case(ABC):
 
     @abstractmethod
     def ours(self, backend: str | None) -> Call: ...
+
+    def candidate(self, backend: str | None) -> Baseline:
+        """Ours as it is timed, with what is prepared outside the timed interval."""
+        return Baseline(self.ours(backend))
 
     @abstractmethod
     def baselines(self, device: torch.device, pass_: str, full: bool) -> dict[str, Baseline]: ...

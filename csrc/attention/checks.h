@@ -39,19 +39,6 @@ struct Sequence {
   int64_t query_begin, queries, key_begin, keys;
 };
 
-inline const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
-  }
-}
-
 inline Geometry check_arguments(const Tensor& q, const Tensor& k, const Tensor& v,
                                 const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                                 std::optional<double> scale) {

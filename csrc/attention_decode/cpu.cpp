@@ -17,7 +17,6 @@ namespace {
 
 using attention::Band;
 using attention::check_per_head;
-using attention::dtype_name;
 using attention::KeyRun;
 using attention::ScalarType;
 using attention::Tensor;

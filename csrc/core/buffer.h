@@ -7,7 +7,22 @@
 #include <cstdint>
 #include <optional>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace effkern {
+
+// Asks for huge pages under fresh memory of several MiB, where the system leaves that to programs: most of the time of
+// writing to it for the first time goes into mapping it page by page.
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // A byte buffer from torch's allocator, so that profilers and memory limits see it.
 struct Buffer {
@@ -23,6 +38,7 @@ struct Buffer {
     storage = torch::stable::empty({size, 1}, torch::headeronly::ScalarType::Byte);
     const auto address = reinterpret_cast<uintptr_t>(storage->mutable_data_ptr());
     data = reinterpret_cast<char*>((address + 63) / 64 * 64);
+    prefer_huge_pages(data, bytes);
   }
 };
 

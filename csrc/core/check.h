@@ -17,6 +17,20 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+inline const char* dtype_name(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
 inline std::string shape_string(const torch::stable::Tensor& tensor) {
   std::string text = "(";
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) {

@@ -3,15 +3,6 @@
 namespace effkern::monarch {
 namespace {
 
-const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    default: return "another dtype";
-  }
-}
-
 void check_input(const char* op, const Tensor& x, int64_t blocks, int64_t columns, const char* name) {
   EFFKERN_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == blocks * columns, op, ": x must have ", blocks * columns,
                 " features (", name, " has ", blocks, " blocks of ", columns, "), got shape ", shape_string(x));

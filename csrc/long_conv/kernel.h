@@ -1,0 +1,70 @@
+// What passes between the long convolutions (torch side) and the ISA units (raw pointers only).
+#pragma once
+
+#include "long_conv/plan.h"
+
+namespace effkern {
+namespace long_conv {
+
+enum class Dtype : int { fp32, bf16, fp16 };
+
+// One channel of a (batch, channel, position) tensor in the caller's dtype; positions are adjacent.
+struct Signal {
+  void* data;  // of batch 0; null where there is none
+  int64_t batch_stride;
+};
+
+// The taps of a channel; `anti` has those that look ahead, or is null.
+struct Taps {
+  const float* causal;
+  const float* anti;
+  int64_t count;
+};
+
+struct Forward {
+  const Plan* plan;
+  Taps taps;
+  const float* spectrum;  // of the channel, or null: made from the taps
+  float skip;
+  Signal u, pre_gate, post_gate, out;
+  int64_t batch_begin, batch_end;
+  int64_t history, length;  // inputs before the outputs, and outputs
+  void* scratch;
+};
+
+// Gradients that nobody wants are null. grad_taps and grad_skip get the sums over the batches of the task.
+struct Backward {
+  const Plan* plan;
+  Taps taps;
+  const float* spectrum;
+  float skip;
+  Signal grad_out, u, pre_gate, post_gate;
+  Signal grad_u, grad_pre, grad_post;
+  float* grad_causal;
+  float* grad_anti;
+  float* grad_skip;
+  int64_t batch_begin, batch_end;
+  int64_t history, length;
+  void* scratch;
+};
+
+// Plan and spectrum are those of a transform; other methods do without.
+struct Kernels {
+  const char* forward_path;
+  const char* backward_path;
+  int64_t lanes;
+  // 2 plan.size floats, in the unit's own order, divided by the size; with the scratch of a forward transform.
+  void (*spectrum)(const Plan&, const Taps&, float* target, void* scratch);
+  struct {
+    int64_t (*scratch_floats)(const Plan*, const Taps&, bool backward);
+    void (*forward)(const Forward&);
+    void (*backward)(const Backward&);
+  } methods[3];  // by Method
+};
+
+const Kernels& kernels_scalar(Dtype dtype);
+const Kernels& kernels_avx2(Dtype dtype);
+const Kernels& kernels_avx512(Dtype dtype);
+
+}  // namespace long_conv
+}  // namespace effkern

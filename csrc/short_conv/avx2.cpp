@@ -1,0 +1,13 @@
+// The short convolution on the avx2 level.
+#if defined(__x86_64__)
+#define EFFKERN_UNIT short_conv_avx2
+#define EFFKERN_UNIT_AVX2 1
+#define EFFKERN_UNIT_NAME "avx2"
+#include "core/cpu/simd.h"
+
+#include "short_conv/kernel_table.h"
+
+const effkern::short_conv::Kernels& effkern::short_conv::kernels_avx2(Dtype dtype) {
+  return short_conv_avx2::kernels_for(dtype);
+}
+#endif
