@@ -9,15 +9,28 @@ namespace EFFKERN_UNIT {
 
 // sum_t g_t x_t, in float32 over stretches of 256 and in float64 over those.
 template <class T>
-static double inner_product(const Gated<T>& g, const Gated<T>& x, int64_t history) {
+static double inner_product(const Team& team, const Gated<T>& g, const Gated<T>& x, int64_t history) {
+  constexpr int64_t kPiece = 16384, kPieces = 64;
   double total = 0.0;
-  for (int64_t begin = 0; begin < g.signal.length; begin += 256) {
-    Vec sum = vzero();
-    const int64_t end = min64(g.signal.length, begin + 256);
-    for (int64_t n = begin; n < end; n += kLanes) sum = vfma(g.read(n), x.read(history + n), sum);
-    float lanes[kLanes];
-    vstore(lanes, sum);
-    for (int c = 0; c < kLanes; ++c) total += lanes[c];
+  for (int64_t first = 0; first < g.signal.length; first += kPieces * kPiece) {
+    double sums[kPieces];
+    const int64_t left = g.signal.length - first, pieces = min64(kPieces, (left + kPiece - 1) / kPiece);
+    run(team, pieces, [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        double sum = 0.0;
+        const int64_t until = first + min64(left, (piece + 1) * kPiece);
+        for (int64_t n = first + piece * kPiece; n < until;) {
+          Vec some = vzero();
+          for (const int64_t stop = min64(until, n + 256); n < stop; n += kLanes)
+            some = vfma(g.read(n), x.read(history + n), some);
+          float lanes[kLanes];
+          vstore(lanes, some);
+          for (int c = 0; c < kLanes; ++c) sum += lanes[c];
+        }
+        sums[piece] = sum;
+      }
+    });
+    for (int64_t piece = 0; piece < pieces; ++piece) total += sums[piece];
   }
   return total;
 }
@@ -26,17 +39,17 @@ static double inner_product(const Gated<T>& g, const Gated<T>& x, int64_t histor
 static void store_taps(const long_conv::Backward& t, const Scratch& scratch) {
   const Plan& plan = *t.plan;
   const Vec scale = vset(1.0f / static_cast<float>(plan.size));
-  const Places places{scratch.a, nullptr, nullptr, scratch.d};
-  work_on_rows<Step::restore>(plan, places);
+  const Places places{scratch.a, nullptr, nullptr, scratch.d, false};
+  work_on_rows<Step::restore>(scratch, places);
   float first = 0.0f;  // lag 0 is the first tap of both directions
-  store_rows(plan, scratch.a, t.taps.count, scratch.tile, [&](int64_t n, int64_t count, const float* numbers) {
+  store_rows(scratch, scratch.a, t.taps.count, [&](int64_t n, int64_t count, const float* numbers) {
     for (int64_t c = 0; c < count; c += kLanes)
       store_some(t.grad_causal + n + c, vmul(scale, vload(numbers + c)), t.taps.count - n - c);
     if (n == 0) first = t.grad_causal[0];
   });
   if (!t.taps.anti) return;
-  work_on_rows<Step::restore_imaginary>(plan, places);
-  store_rows(plan, scratch.a, plan.size, scratch.tile, [&](int64_t n, int64_t count, const float* numbers) {
+  work_on_rows<Step::restore_imaginary>(scratch, places);
+  store_rows(scratch, scratch.a, plan.size, [&](int64_t n, int64_t count, const float* numbers) {
     for (int64_t c = 0; c < count; ++c) {
       const int64_t lag = plan.size - n - c;
       if (lag < t.taps.count) t.grad_anti[lag] = -numbers[c] / static_cast<float>(plan.size);
@@ -49,7 +62,7 @@ static void store_taps(const long_conv::Backward& t, const Scratch& scratch) {
 // of F^H (g_i + i g_(i+1)), for x reaches y of its own block through the real part of F and the next through the
 // imaginary.
 template <class T>
-static void backward_block(const long_conv::Backward& t, int64_t batch, int64_t block, const float* k,
+static void backward_block(const long_conv::Backward& t, int64_t batch, int64_t block, bool fresh, const float* k,
                            const Scratch& scratch) {
   const Plan& plan = *t.plan;
   const int64_t total = t.history + t.length, begin = t.history + block;
@@ -72,22 +85,22 @@ static void backward_block(const long_conv::Backward& t, int64_t batch, int64_t 
 
   if (wants_x || wants_taps || with_outputs) {
     const bool spills = block < 0 || block + plan.size < t.length;
-    load_sequence(plan, g, block, spills ? 1.0f : 0.0f, plan.size, scratch.a, scratch.tile);
-    if (wants_taps || with_outputs) load_sequence(plan, x, begin, 0.0f, 0, scratch.b, scratch.tile);
-    const Places places{scratch.a, scratch.b, k, scratch.d};
+    load_sequence(scratch, g, block, spills ? 1.0f : 0.0f, plan.size, scratch.a);
+    if (wants_taps || with_outputs) load_sequence(scratch, x, begin, 0.0f, 0, scratch.b);
+    const Places places{scratch.a, scratch.b, k, scratch.d, fresh};
     if (with_outputs) {
-      work_on_rows<Step::gradients>(plan, places);
-      store_rows(plan, scratch.b, outputs, scratch.tile, take_outputs);
+      work_on_rows<Step::gradients>(scratch, places);
+      store_rows(scratch, scratch.b, outputs, take_outputs);
     } else if (!wants_x) {
-      work_on_rows<Step::taps>(plan, places);
+      work_on_rows<Step::taps>(scratch, places);
     } else if (wants_taps) {
-      work_on_rows<Step::gradient>(plan, places);
+      work_on_rows<Step::gradient>(scratch, places);
     } else {
-      work_on_rows<Step::correlate>(plan, places);
+      work_on_rows<Step::correlate>(scratch, places);
     }
   }
   if (wants_x)
-    store_rows(plan, scratch.a, outputs, scratch.tile, [&](int64_t n, int64_t count, const float* numbers) {
+    store_rows(scratch, scratch.a, outputs, [&](int64_t n, int64_t count, const float* numbers) {
       if (!skips && !grad_pre.data && !x.gate.data && grad_u.holds(begin + n, count)) {
         T* target = grad_u.data + begin + n;
         for (int64_t c = 0; c < count; c += kLanes) store_full(target + c, vload(numbers + c));
@@ -102,31 +115,33 @@ static void backward_block(const long_conv::Backward& t, int64_t batch, int64_t 
         grad_u.write(begin + c, grad_x);
       }
     });
-  if (grad_post.data && !alone && block >= 0) convolve_block(plan, x, begin, outputs, k, scratch, take_outputs);
+  if (grad_post.data && !alone && block >= 0) convolve_block(scratch, x, begin, outputs, k, take_outputs);
 }
 
 template <class T>
 static void backward(const long_conv::Backward& t) {
   const Plan& plan = *t.plan;
-  const Scratch scratch(plan, true, t.scratch);
+  const Scratch scratch(plan, *t.team, true, t.scratch);
   const float* k = t.spectrum;
   const bool wants_k = t.grad_u.data || t.grad_pre.data || t.grad_post.data;
   if (!k && wants_k) {
-    make_spectrum(plan, t.taps, scratch.k, scratch.a, scratch.tile);
+    make_spectrum(scratch, t.taps, scratch.k);
     k = scratch.k;
   }
-  if (t.grad_causal || t.grad_post.data) memset(scratch.d, 0, 2 * plan.size * sizeof(float));
+  bool fresh = true;
   double skip = 0.0;
   for (int64_t batch = t.batch_begin; batch < t.batch_end; ++batch) {
     if (t.grad_skip)
       skip +=
-          inner_product<T>({{t.grad_out, batch, t.length}, {t.post_gate, batch, t.length}},
+          inner_product<T>(*t.team, {{t.grad_out, batch, t.length}, {t.post_gate, batch, t.length}},
                            {{t.u, batch, t.history + t.length}, {t.pre_gate, batch, t.history + t.length}}, t.history);
     // Inputs that no tap reaches from any output.
     if (t.grad_u.data && t.history > plan.size)
       memset(static_cast<T*>(t.grad_u.data) + batch * t.grad_u.batch_stride, 0, (t.history - plan.size) * sizeof(T));
-    for (int64_t block = t.history > 0 ? -plan.size : 0; block < t.length; block += plan.size)
-      backward_block<T>(t, batch, block, k, scratch);
+    for (int64_t block = t.history > 0 ? -plan.size : 0; block < t.length; block += plan.size) {
+      backward_block<T>(t, batch, block, fresh, k, scratch);
+      fresh = false;
+    }
   }
   if (t.grad_skip) *t.grad_skip = static_cast<float>(skip);
   if (t.grad_causal) store_taps(t, scratch);

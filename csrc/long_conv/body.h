@@ -9,7 +9,6 @@ namespace effkern {
 namespace EFFKERN_UNIT {
 
 using long_conv::Signal;
-using long_conv::Taps;
 
 // One sequence of a batch, or none. Positions may lie outside [0, length): zeros are read there and nothing is written.
 template <class T>
@@ -73,53 +72,28 @@ struct Gated {
 
 // Loads x_n + i sign x_(n + shift), n counted from `begin`; without the imaginary part where sign is 0.
 template <class T>
-static void load_sequence(const Plan& plan, const Gated<T>& x, int64_t begin, float sign, int64_t shift, float* rows,
-                          float* buffer) {
-  if (sign == 0.0f)
-    return load_rows<false>(
-        plan, [&](int64_t n, int64_t count, float* out) { x.copy(begin + n, count, 1.0f, out, kLanes); }, rows, buffer);
-  load_rows<true>(
-      plan,
-      [&](int64_t n, int64_t count, float* out) {
-        x.copy(begin + n, count, 1.0f, out, 2 * kLanes);
-        x.copy(begin + shift + n, count, sign, out + kLanes, 2 * kLanes);
-      },
-      rows, buffer);
-}
-
-static int64_t scratch_floats(const Plan* of, const Taps&, bool backward) {
-  const Plan& plan = *of;
-  // The rows of one or two sequences, the spectrum, its gradient, a tile; each starts on a cache line.
-  const int64_t line = 16;
-  return (backward ? 2 : 1) * round_up(rows_floats(plan), line) + (backward ? 2 : 1) * round_up(2 * plan.size, line) +
-         round_up(tile_floats(plan), line);
-}
-
-struct Scratch {
-  float *a, *b, *k, *d, *tile;
-
-  Scratch(const Plan& plan, bool backward, void* memory) {
-    float* next = static_cast<float*>(memory);
-    const auto take = [&](bool wanted, int64_t floats) {
-      float* taken = wanted ? next : nullptr;
-      if (wanted) next += round_up(floats, 16);
-      return taken;
-    };
-    a = take(true, rows_floats(plan));
-    k = take(true, 2 * plan.size);
-    tile = take(true, tile_floats(plan));
-    b = take(backward, rows_floats(plan));
-    d = take(backward, 2 * plan.size);
+static void load_sequence(const Scratch& scratch, const Gated<T>& x, int64_t begin, float sign, int64_t shift,
+                          float* rows) {
+  if (sign == 0.0f) {
+    load_rows<false>(
+        scratch, [&](int64_t n, int64_t count, float* out) { x.copy(begin + n, count, 1.0f, out, kLanes); }, rows);
+    return;
   }
-};
+  const auto fill = [&](int64_t n, int64_t count, float* out) {
+    x.copy(begin + n, count, 1.0f, out, 2 * kLanes);
+    x.copy(begin + shift + n, count, sign, out + kLanes, 2 * kLanes);
+  };
+  load_rows<true>(scratch, fill, rows);
+}
 
 // Taps that look ahead stand at the negative powers of x: x^-j = -i x^(size - j).
-static void make_spectrum(const Plan& plan, const Taps& taps, float* target, float* rows, float* buffer) {
+static void make_spectrum(const Scratch& scratch, const Taps& taps, float* target) {
+  const Plan& plan = scratch.plan;
   const float scale = 1.0f / static_cast<float>(plan.size);
   const Gated<float> causal{{{const_cast<float*>(taps.causal), 0}, 0, taps.count}, {{nullptr, 0}, 0, 0}};
   if (!taps.anti) {
     load_rows<false>(
-        plan, [&](int64_t n, int64_t count, float* out) { causal.copy(n, count, scale, out, kLanes); }, rows, buffer);
+        scratch, [&](int64_t n, int64_t count, float* out) { causal.copy(n, count, scale, out, kLanes); }, scratch.a);
   } else {
     const auto fill = [&](int64_t n, int64_t count, float* out) {
       causal.copy(n, count, scale, out, 2 * kLanes);
@@ -129,32 +103,31 @@ static void make_spectrum(const Plan& plan, const Taps& taps, float* target, flo
         out[c / kLanes * 2 * kLanes + kLanes + c % kLanes] = lag < taps.count ? -scale * taps.anti[lag] : 0.0f;
       }
     };
-    load_rows<true>(plan, fill, rows, buffer);
+    load_rows<true>(scratch, fill, scratch.a);
   }
-  work_on_rows<Step::spectrum>(plan, {rows, nullptr, nullptr, target});
+  work_on_rows<Step::spectrum>(scratch, {scratch.a, nullptr, nullptr, target, true});
 }
 
-static void spectrum(const Plan& plan, const Taps& taps, float* target, void* memory) {
-  const Scratch scratch(plan, false, memory);
-  make_spectrum(plan, taps, target, scratch.a, scratch.tile);
+static void spectrum(const Plan& plan, const Team& team, const Taps& taps, float* target, void* memory) {
+  make_spectrum(Scratch(plan, team, false, memory), taps, target);
 }
 
 // A block of outputs, without skip and gate, from position `begin` of x on; take(n, count, numbers) gets them.
 template <class T, class Take>
-EFFKERN_INLINE void convolve_block(const Plan& plan, const Gated<T>& x, int64_t begin, int64_t count, const float* k,
-                                   const Scratch& scratch, const Take& take) {
-  load_sequence(plan, x, begin, begin > 0 ? -1.0f : 0.0f, -plan.size, scratch.a, scratch.tile);
-  work_on_rows<Step::convolve>(plan, {scratch.a, nullptr, k, nullptr});
-  store_rows(plan, scratch.a, count, scratch.tile, take);
+EFFKERN_INLINE void convolve_block(const Scratch& scratch, const Gated<T>& x, int64_t begin, int64_t count,
+                                   const float* k, const Take& take) {
+  load_sequence(scratch, x, begin, begin > 0 ? -1.0f : 0.0f, -scratch.plan.size, scratch.a);
+  work_on_rows<Step::convolve>(scratch, {scratch.a, nullptr, k, nullptr, false});
+  store_rows(scratch, scratch.a, count, take);
 }
 
 template <class T>
 static void forward(const long_conv::Forward& t) {
   const Plan& plan = *t.plan;
-  const Scratch scratch(plan, false, t.scratch);
+  const Scratch scratch(plan, *t.team, false, t.scratch);
   const float* k = t.spectrum;
   if (!k) {
-    make_spectrum(plan, t.taps, scratch.k, scratch.a, scratch.tile);
+    make_spectrum(scratch, t.taps, scratch.k);
     k = scratch.k;
   }
   const bool skips = t.skip != 0.0f;
@@ -165,7 +138,7 @@ static void forward(const long_conv::Forward& t) {
     const Sequence<T> post(t.post_gate, batch, t.length), out(t.out, batch, t.length);
     for (int64_t block = 0; block < t.length; block += plan.size) {
       const int64_t begin = t.history + block;
-      convolve_block(plan, x, begin, min64(plan.size, t.length - block), k, scratch,
+      convolve_block(scratch, x, begin, min64(plan.size, t.length - block), k,
                      [&](int64_t n, int64_t count, const float* numbers) {
                        if (!skips && !post.data && out.holds(block + n, count)) {
                          T* target = out.data + block + n;

@@ -16,18 +16,44 @@ Tensor like(const Tensor& t, bool wanted = true) {
   return torch::stable::new_empty(t, {0}, t.scalar_type());
 }
 
-// Scratch memory of the slots of a parallel loop.
-struct SlotScratch {
-  Buffer buffer;
-  int64_t stride;
+// One thread that does everything.
+const Team kAlone{1, [](const Team&, int64_t count, void (*body)(void*, int64_t, int64_t, int64_t), void* context) {
+                    body(context, 0, count, 0);
+                  }};
 
-  SlotScratch(const Operands& call, bool backward, int64_t tasks)
-      : stride(round_to_line(int64_t{sizeof(float)} *
-                             call.kernel().scratch_floats(call.plan, call.channel_taps(0), backward))) {
-    buffer.reserve(stride * slot_count(tasks));
+// All threads of the pool.
+Team everyone() {
+  return {thread_count(),
+          [](const Team& team, int64_t count, void (*body)(void*, int64_t, int64_t, int64_t), void* context) {
+            const int64_t pieces = std::min(count, 4 * team.slots);
+            parallel_tasks(pieces, [&](int64_t piece, int64_t slot) {
+              body(context, count * piece / pieces, count * (piece + 1) / pieces, slot);
+            });
+          }};
+}
+
+// Runs body(task, team, scratch) for every task: as many at a time as there are threads, or, where the threads' arrays
+// would crowd each other out of the last-level cache, and where there are fewer tasks than threads, one after the other
+// with all threads at work on each. The bits are the same.
+template <class Body>
+void for_channels(const Operands& call, bool backward, int64_t tasks, const Body& body) {
+  const auto bytes = [&](int64_t slots) {
+    const Taps taps = call.channel_taps(0);
+    return round_to_line(int64_t{sizeof(float)} * call.kernel().scratch_floats(call.plan, taps, backward, slots));
+  };
+  constexpr int64_t kLastLevel = 16 << 20;
+  const int64_t threads = thread_count(), alone = bytes(1);
+  const bool large = call.method == kTransform && !call.plan->whole;
+  Buffer buffer;
+  if (large && threads > 1 && (tasks < threads || slot_count(tasks) * alone > kLastLevel)) {
+    const Team team = everyone();
+    buffer.reserve(bytes(team.slots));
+    for (int64_t task = 0; task < tasks; ++task) body(task, team, buffer.data);
+  } else {
+    buffer.reserve(alone * slot_count(tasks));
+    parallel_tasks(tasks, [&](int64_t task, int64_t slot) { body(task, kAlone, buffer.data + slot * alone); });
   }
-  void* of(int64_t slot) const { return buffer.data + slot * stride; }
-};
+}
 
 Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spectrum, std::optional<Tensor> skip,
                      std::optional<Tensor> pre_gate, std::optional<Tensor> post_gate, int64_t history, bool causal) {
@@ -38,13 +64,12 @@ Tensor long_conv_cpu(const Tensor& u, const Tensor& k, std::optional<Tensor> spe
   if (out->numel() == 0) return *out;
   prefer_huge_pages(out->mutable_data_ptr(), out->numel() * int64_t(out->element_size()));
   const int64_t groups = batch_groups(call.batches, call.channels), tasks = call.channels * groups;
-  const SlotScratch scratch(call, false, tasks);
-  parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
+  for_channels(call, false, tasks, [&](int64_t task, const Team& team, void* scratch) {
     const int64_t channel = task / groups, group = task % groups;
-    call.kernel().forward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
+    call.kernel().forward({call.plan, &team, call.channel_taps(channel), call.channel_spectrum(channel),
                            call.channel_skip(channel), channel_of(call.u, channel), channel_of(call.pre_gate, channel),
                            channel_of(call.post_gate, channel), channel_of(out, channel), call.batches * group / groups,
-                           call.batches * (group + 1) / groups, call.history, call.length, scratch.of(slot)});
+                           call.batches * (group + 1) / groups, call.history, call.length, scratch});
   });
   return *out;
 }
@@ -98,20 +123,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
   if (empty) {
     if (need_u) torch::stable::fill_(const_cast<Tensor&>(grad_u), 0.0);
   } else {
-    const SlotScratch scratch(call, true, tasks);
     const auto wanted = [&](const Tensor& t, int64_t channel) {
       return t.numel() > 0 ? channel_of(t, channel) : Signal{nullptr, 0};
     };
-    parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
+    for_channels(call, true, tasks, [&](int64_t task, const Team& team, void* scratch) {
       const int64_t channel = task / groups, group = task % groups;
       float* grad_taps = taps.of(group, channel);
-      call.kernel().backward({call.plan, call.channel_taps(channel), call.channel_spectrum(channel),
-                              call.channel_skip(channel), channel_of(grad_out, channel), channel_of(call.u, channel),
-                              channel_of(call.pre_gate, channel), channel_of(call.post_gate, channel),
-                              wanted(grad_u, channel), wanted(grad_pre, channel), wanted(grad_post, channel), grad_taps,
-                              grad_taps && !causal ? grad_taps + call.taps : nullptr, skips.of(group, channel),
-                              call.batches * group / groups, call.batches * (group + 1) / groups, call.history,
-                              call.length, scratch.of(slot)});
+      call.kernel().backward({call.plan,
+                              &team,
+                              call.channel_taps(channel),
+                              call.channel_spectrum(channel),
+                              call.channel_skip(channel),
+                              channel_of(grad_out, channel),
+                              channel_of(call.u, channel),
+                              channel_of(call.pre_gate, channel),
+                              channel_of(call.post_gate, channel),
+                              wanted(grad_u, channel),
+                              wanted(grad_pre, channel),
+                              wanted(grad_post, channel),
+                              grad_taps,
+                              grad_taps && !causal ? grad_taps + call.taps : nullptr,
+                              skips.of(group, channel),
+                              call.batches * group / groups,
+                              call.batches * (group + 1) / groups,
+                              call.history,
+                              call.length,
+                              scratch});
     });
   }
   const auto none = [&](const std::optional<Tensor>& t) { return t ? *t : u; };
@@ -133,12 +170,11 @@ Tensor long_conv_spectrum_cpu(const Tensor& k_in, int64_t length, bool causal) {
   const int64_t numbers = 2 * call.plan->size, stride = spectrum_floats(call.plan->size);
   const Tensor out = torch::stable::new_empty(k_in, {call.channels, stride}, ScalarType::Float);
   if (call.channels == 0) return out;
-  const SlotScratch scratch(call, false, call.channels);
   float* data = static_cast<float*>(out.mutable_data_ptr());
   trace_record(call.kernels->forward_path);
-  parallel_tasks(call.channels, [&](int64_t channel, int64_t slot) {
+  for_channels(call, false, call.channels, [&](int64_t channel, const Team& team, void* scratch) {
     float* row = data + channel * stride;
-    call.kernels->spectrum(*call.plan, call.channel_taps(channel), row, scratch.of(slot));
+    call.kernels->spectrum(*call.plan, team, call.channel_taps(channel), row, scratch);
     std::fill(row + numbers, row + stride, static_cast<float>(lanes));
   });
   return out;

@@ -8,7 +8,9 @@
 namespace effkern {
 namespace EFFKERN_UNIT {
 
-static int64_t few_scratch_floats(const Plan*, const Taps& taps, bool) { return 2 * round_up(taps.count + kLanes, 16); }
+static int64_t few_scratch_floats(const Plan*, const Taps& taps, bool, int64_t) {
+  return 2 * round_up(taps.count + kLanes, 16);
+}
 
 struct FewScratch {
   float *reversed, *grad;
@@ -107,7 +109,7 @@ static void few_backward(const long_conv::Backward& t) {
   for (int64_t batch = t.batch_begin; batch < t.batch_end; ++batch) {
     if (t.grad_skip)
       skip +=
-          inner_product<T>({{t.grad_out, batch, t.length}, {t.post_gate, batch, t.length}},
+          inner_product<T>(*t.team, {{t.grad_out, batch, t.length}, {t.post_gate, batch, t.length}},
                            {{t.u, batch, t.history + t.length}, {t.pre_gate, batch, t.history + t.length}}, t.history);
     few_backward_sequence<T>(t, batch, scratch);
   }

@@ -21,8 +21,17 @@ struct Taps {
   int64_t count;
 };
 
+// Whoever works on a channel: run() calls body(context, begin, end, slot) for pieces that make up [0, count), at the
+// same time where there are several slots. The steps of a large transform share their work out so.
+struct Team {
+  int64_t slots;
+  void (*run)(const Team& team, int64_t count, void (*body)(void* context, int64_t begin, int64_t end, int64_t slot),
+              void* context);
+};
+
 struct Forward {
   const Plan* plan;
+  const Team* team;
   Taps taps;
   const float* spectrum;  // of the channel, or null: made from the taps
   float skip;
@@ -35,6 +44,7 @@ struct Forward {
 // Gradients that nobody wants are null. grad_taps and grad_skip get the sums over the batches of the task.
 struct Backward {
   const Plan* plan;
+  const Team* team;
   Taps taps;
   const float* spectrum;
   float skip;
@@ -54,9 +64,9 @@ struct Kernels {
   const char* backward_path;
   int64_t lanes;
   // 2 plan.size floats, in the unit's own order, divided by the size; with the scratch of a forward transform.
-  void (*spectrum)(const Plan&, const Taps&, float* target, void* scratch);
+  void (*spectrum)(const Plan&, const Team&, const Taps&, float* target, void* scratch);
   struct {
-    int64_t (*scratch_floats)(const Plan*, const Taps&, bool backward);
+    int64_t (*scratch_floats)(const Plan*, const Taps&, bool backward, int64_t slots);
     void (*forward)(const Forward&);
     void (*backward)(const Backward&);
   } methods[3];  // by Method

@@ -8,6 +8,46 @@ namespace effkern {
 namespace EFFKERN_UNIT {
 
 using long_conv::Plan;
+using long_conv::Taps;
+using long_conv::Team;
+
+template <class Body>
+EFFKERN_INLINE void run(const Team& team, int64_t count, const Body& body) {
+  team.run(
+      team, count,
+      [](void* context, int64_t begin, int64_t end, int64_t slot) {
+        (*static_cast<const Body*>(context))(begin, end, slot);
+      },
+      const_cast<Body*>(&body));
+}
+
+EFFKERN_INLINE int64_t rows_floats(const Plan& plan) { return round_up(2 * plan.rows * plan.row_stride, 16); }
+EFFKERN_INLINE int64_t spectrum_floats(const Plan& plan) { return round_up(2 * plan.size, 16); }
+EFFKERN_INLINE int64_t tile_floats(const Plan& plan) { return round_up(3 * plan.rows * plan.tile, 16); }
+
+static int64_t scratch_floats(const Plan* plan, const Taps&, bool backward, int64_t slots) {
+  return (backward ? 2 : 1) * (rows_floats(*plan) + spectrum_floats(*plan)) + slots * tile_floats(*plan);
+}
+
+// What a channel is worked on with: the rows of one or two sequences, the spectrum of the taps and that of their
+// gradient, and a tile for every slot, complex and then real.
+struct Scratch {
+  const Plan& plan;
+  const Team& team;
+  float *a, *b, *k, *d, *tiles;
+
+  Scratch(const Plan& plan_in, const Team& team_in, bool backward, void* memory)
+      : plan(plan_in),
+        team(team_in),
+        a(static_cast<float*>(memory)),
+        b(backward ? a + rows_floats(plan) : nullptr),
+        k(a + (backward ? 2 : 1) * rows_floats(plan)),
+        d(backward ? k + spectrum_floats(plan) : nullptr),
+        tiles(k + (backward ? 2 : 1) * spectrum_floats(plan)) {}
+
+  EFFKERN_MEMBER float* tile(int64_t slot) const { return tiles + slot * tile_floats(plan); }
+  EFFKERN_MEMBER float* real(int64_t slot) const { return tile(slot) + 2 * plan.rows * plan.tile; }
+};
 
 // What happens to a row between the passes down and back up.
 enum class Step {
@@ -26,10 +66,11 @@ struct Places {
   float *a, *b;
   const float* k;
   float* d;
+  bool fresh;  // d holds nothing yet: what would be added is stored
 
   EFFKERN_MEMBER Places at(int64_t row_elements, int64_t spectrum_elements) const {
     return {a ? a + 2 * row_elements : a, b ? b + 2 * row_elements : b, k ? k + 2 * spectrum_elements : k,
-            d ? d + 2 * spectrum_elements : d};
+            d ? d + 2 * spectrum_elements : d, fresh};
   }
 };
 
@@ -52,7 +93,8 @@ static void leaf_step(const float* factors, const Places& at) {
     if (kStep == Step::spectrum) complex_store(at.d + 2 * kLanes * i, first.x[i]);
     if (kTwo) {
       float* sum = at.d + 2 * kLanes * i;
-      complex_store(sum, complex_load(sum) + times<true>(first.x[i], second.x[i]));
+      const Complex product = times<true>(first.x[i], second.x[i]);
+      complex_store(sum, at.fresh ? product : complex_load(sum) + product);
     }
     if (kStep == Step::spectrum || kStep == Step::taps) continue;
     const Complex k = complex_load(at.k + 2 * kLanes * i);
@@ -81,14 +123,13 @@ static void walk(const FftRing& ring, int depth, int64_t block, const Places& at
 }
 
 template <Step kStep>
-static void work_on_rows(const Plan& plan, const Places& places) {
-  for (int64_t p = 0; p < plan.rows; ++p)
-    walk<kStep>(plan.inner, plan.whole ? 1 : 0, plan.whole ? p : 0, places.at(p * plan.row_stride, p * plan.columns));
+static void work_on_rows(const Scratch& scratch, const Places& places) {
+  const Plan& plan = scratch.plan;
+  run(scratch.team, plan.rows, [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t p = begin; p < end; ++p)
+      walk<kStep>(plan.inner, plan.whole ? 1 : 0, plan.whole ? p : 0, places.at(p * plan.row_stride, p * plan.columns));
+  });
 }
-
-// Elements of one array of rows, and the floats of the buffer that a tile of columns needs.
-EFFKERN_INLINE int64_t rows_floats(const Plan& plan) { return 2 * plan.rows * plan.row_stride; }
-EFFKERN_INLINE int64_t tile_floats(const Plan& plan) { return 3 * plan.rows * plan.tile; }
 
 // The passes down the columns of a tile. Its first pass reads `real` if the sequence is, else the tile itself.
 static void split_tile(const Plan& plan, const float* real, float* tile) {
@@ -143,33 +184,38 @@ static void turn_tile(const Plan& plan, int64_t tile_index, float* tile, float* 
 
 // Loads a sequence: fill(n, count, out) writes its numbers n to n + count, complex as fft.h has them where kComplex.
 template <bool kComplex, class Fill>
-static void load_rows(const Plan& plan, const Fill& fill, float* rows, float* buffer) {
-  const int64_t tiles = plan.columns / plan.tile, stride = plan.whole ? plan.columns : plan.tile;
-  float* tile = plan.whole ? rows : buffer;
-  float* real = buffer + (plan.whole ? 0 : 2 * plan.rows * plan.tile);
-  for (int64_t t = 0; t < tiles; ++t) {
-    for (int64_t p = 0; p < plan.rows; ++p)
-      fill(p * plan.columns + t * plan.tile, plan.tile, kComplex ? tile + 2 * p * stride : real + p * stride);
-    split_tile(plan, kComplex ? nullptr : real, tile);
-    if (!plan.whole) turn_tile<false>(plan, t, tile, rows);
-  }
+static void load_rows(const Scratch& scratch, const Fill& fill, float* rows) {
+  const Plan& plan = scratch.plan;
+  run(scratch.team, plan.columns / plan.tile, [&](int64_t begin, int64_t end, int64_t slot) {
+    float* tile = plan.whole ? rows : scratch.tile(slot);
+    float* real = scratch.real(slot);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t p = 0; p < plan.rows; ++p)
+        fill(p * plan.columns + t * plan.tile, plan.tile, kComplex ? tile + 2 * p * plan.tile : real + p * plan.tile);
+      split_tile(plan, kComplex ? nullptr : real, tile);
+      if (!plan.whole) turn_tile<false>(plan, t, tile, rows);
+    }
+  });
 }
 
-// Hands the real parts of the sequence that the rows hold to take(n, count, numbers); the last run may go beyond `end`.
+// Hands the real parts of the sequence that the rows hold to take(n, count, numbers); the last run may go beyond the
+// end.
 template <class Take>
-static void store_rows(const Plan& plan, float* rows, int64_t end, float* buffer, const Take& take) {
-  const int64_t tiles = plan.columns / plan.tile;
-  float* tile = plan.whole ? rows : buffer;
-  float* real = buffer + (plan.whole ? 0 : 2 * plan.rows * plan.tile);
-  for (int64_t t = 0; t < tiles; ++t) {
-    if (!plan.whole) turn_tile<true>(plan, t, tile, rows);
-    join_tile(plan, tile, real);
-    for (int64_t p = 0; p < plan.rows; ++p) {
-      const int64_t n = p * plan.columns + t * plan.tile;
-      if (n >= end) break;
-      take(n, min64(plan.tile, round_up(end - n, kLanes)), real + p * plan.tile);
+static void store_rows(const Scratch& scratch, float* rows, int64_t sequence_end, const Take& take) {
+  const Plan& plan = scratch.plan;
+  run(scratch.team, plan.columns / plan.tile, [&](int64_t begin, int64_t end, int64_t slot) {
+    float* tile = plan.whole ? rows : scratch.tile(slot);
+    float* real = scratch.real(slot);
+    for (int64_t t = begin; t < end; ++t) {
+      if (!plan.whole) turn_tile<true>(plan, t, tile, rows);
+      join_tile(plan, tile, real);
+      for (int64_t p = 0; p < plan.rows; ++p) {
+        const int64_t n = p * plan.columns + t * plan.tile;
+        if (n >= sequence_end) break;
+        take(n, min64(plan.tile, round_up(sequence_end - n, kLanes)), real + p * plan.tile);
+      }
     }
-  }
+  });
 }
 
 }  // namespace EFFKERN_UNIT

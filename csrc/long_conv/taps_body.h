@@ -11,7 +11,7 @@ constexpr int64_t kTapStretch = 1024;  // outputs at a time: they and what they 
 
 static int64_t taps_line_floats(int64_t taps) { return round_up(kTapStretch + taps + kDirectBlock, 16); }
 
-static int64_t taps_scratch_floats(const Plan*, const Taps& taps, bool) {
+static int64_t taps_scratch_floats(const Plan*, const Taps& taps, bool, int64_t) {
   return 2 * taps_line_floats(taps.count) + round_up(taps.count, 16) + round_up(taps.count, kTapGroup) * kLanes;
 }
 
@@ -116,7 +116,7 @@ static void taps_backward(const long_conv::Backward& t) {
     const int64_t total = t.history + t.length;
     const Gated<T> x{{t.u, batch, total}, {t.pre_gate, batch, total}};
     const Gated<T> g{{t.grad_out, batch, t.length}, {t.post_gate, batch, t.length}};
-    if (t.grad_skip) skip += inner_product(g, x, t.history);
+    if (t.grad_skip) skip += inner_product(*t.team, g, x, t.history);
     if (t.grad_causal || t.grad_post.data)
       taps_backward_outputs(t, x, g, Sequence<T>(t.grad_post, batch, t.length), scratch);
     if (t.grad_u.data || t.grad_pre.data) taps_backward_inputs(t, batch, x, g, scratch);
