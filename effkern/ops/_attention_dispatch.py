@@ -50,10 +50,6 @@ def cuda_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> s
     return cpu_refusal(device, dtype, sizes)
 
 
-def reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
-
-
 def sizes(q: Tensor, v: Tensor, extended: bool) -> dict[str, int]:
     """What a backend's refusal depends on; extended: there is more than geometry (`Options.extended`)."""
     return {"head_dim": q.shape[-1], "value_dim": v.shape[-1], "extended": extended}

@@ -6,7 +6,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,18 @@ LIBRARY = torch.library.Library("effkern", "IMPL")
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def refuse_all_but_fast(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    """Why a kernel for `FAST_DTYPES` cannot serve a request; of the form `registry.Backend` asks for."""
+    if dtype in FAST_DTYPES:
+        return None
+    return f"it takes float32, bfloat16 and float16, not {dtype_name(dtype)}"
+
+
+def refuse_all_but_floating(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    """The same for a reference, which takes every floating dtype."""
+    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
 
 
 def register_kernel(op: str, kernel: Callable[..., Any], *keys: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from effkern import backends
 from effkern.ops._dispatch import (
-    FAST_DTYPES,
-    dtype_name,
     register_flops,
     register_gradient,
     register_kernel,
@@ -24,16 +21,6 @@ from effkern.reference import long_conv as reference
 _OPS = torch.ops.effkern
 _ARGUMENTS = 8  # of the forward op
 DOUBLE_BACKWARD = "long_conv: second derivatives are only available with backend='reference'"
-
-
-def cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if dtype in FAST_DTYPES:
-        return None
-    return f"it takes float32, bfloat16 and float16, not {dtype_name(dtype)}"
-
-
-def reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
 
 
 def _fake_forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from effkern import backends
 from effkern.ops._dispatch import (
-    FAST_DTYPES,
-    dtype_name,
     register_autocast,
     register_flops,
     register_gradient,
@@ -24,16 +21,6 @@ from effkern.reference import short_conv as reference
 _OPS = torch.ops.effkern
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 DOUBLE_BACKWARD = "short_conv: second derivatives are only available with backend='reference'"
-
-
-def cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if dtype in FAST_DTYPES:
-        return None
-    return f"it takes float32, bfloat16 and float16, not {dtype_name(dtype)}"
-
-
-def reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
 
 
 def short_conv_flops(

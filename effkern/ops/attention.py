@@ -18,7 +18,6 @@ from effkern.ops._attention_dispatch import (
     FORWARD_TRITON,
     cpu_refusal,
     cuda_refusal,
-    reference_refusal,
     run_reference,
     sizes,
     triton_refusal,
@@ -26,7 +25,7 @@ from effkern.ops._attention_dispatch import (
 from effkern.ops._attention_gradient import DOUBLE_BACKWARD
 from effkern.ops._attention_options import Options, collect
 from effkern.ops._attention_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode
+from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_all_but_floating, refuse_forward_mode
 from effkern.reference import attention as reference
 
 __all__ = ["attention", "attention_bytes", "attention_flops"]
@@ -263,7 +262,7 @@ registry.register(
             registry.Backend("cpu", ("cpu",), cpu_refusal),
             registry.Backend("cuda", ("cuda",), cuda_refusal, note="unverified on hardware", automatic=False),
             registry.Backend("triton", (), triton_refusal, note="unverified on hardware"),
-            registry.Backend("reference", (), reference_refusal, note="plain PyTorch"),
+            registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
         sizes={"head_dim": 64, "value_dim": 64},

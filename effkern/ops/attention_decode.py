@@ -19,6 +19,7 @@ from effkern.ops._dispatch import (
     FAST_DTYPES,
     autocast_dtype,
     dtype_name,
+    refuse_all_but_floating,
     register_autocast,
     register_flops,
     register_kernel,
@@ -328,10 +329,6 @@ def _triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -
     return launcher.supports(torch.device(device), dtype, sizes["head_dim"], sizes["value_dim"])
 
 
-def _reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
-
-
 for _op in ("attention_decode", "attention_decode_triton"):
     torch.library.register_fake(f"effkern::{_op}", _fake)
     register_autocast(_op, 3)
@@ -354,7 +351,7 @@ registry.register(
         backends=(
             registry.Backend("cpu", ("cpu",), _cpu_refusal),
             registry.Backend("triton", (), _triton_refusal, note="unverified on hardware"),
-            registry.Backend("reference", (), _reference_refusal, note="plain PyTorch"),
+            registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
         sizes={"head_dim": 128, "value_dim": 128},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from effkern.ops._attention_merge_samples import bad_samples, calls, samples
 from effkern.ops._dispatch import (
     FAST_DTYPES,
     dtype_name,
+    refuse_all_but_fast,
+    refuse_all_but_floating,
     refuse_forward_mode,
     register_flops,
     register_kernel,
@@ -260,16 +262,6 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(DOUBLE_BACKWARD)
 
 
-def _cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if dtype in FAST_DTYPES:
-        return None
-    return f"it takes float32, bfloat16 and float16, not {dtype_name(dtype)}"
-
-
-def _reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
-
-
 torch.library.register_fake("effkern::attention_merge", _fake_forward)
 torch.library.register_fake("effkern::attention_merge_backward", _fake_backward)
 torch.library.register_autograd("effkern::attention_merge", _gradient, setup_context=_setup_context)
@@ -289,8 +281,8 @@ registry.register(
         reference=reference.attention_merge,
         schemas=("attention_merge", "attention_merge_backward"),
         backends=(
-            registry.Backend("cpu", ("cpu",), _cpu_refusal),
-            registry.Backend("reference", (), _reference_refusal, note="plain PyTorch"),
+            registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
         sizes={},

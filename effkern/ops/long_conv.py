@@ -7,7 +7,13 @@ from torch import Tensor
 
 from effkern import backends
 from effkern.ops import registry
-from effkern.ops._dispatch import FAST_DTYPES, refuse_forward_mode, without_autocast
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    refuse_all_but_fast,
+    refuse_all_but_floating,
+    refuse_forward_mode,
+    without_autocast,
+)
 from effkern.ops._long_conv_checks import (
     check_convolution,
     check_dtype,
@@ -16,7 +22,7 @@ from effkern.ops._long_conv_checks import (
     check_parts,
 )
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
-from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, cpu_refusal, reference_refusal
+from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD
 from effkern.ops._long_conv_samples import bad_samples, calls, samples
 from effkern.ops._long_conv_spectrum import Spectrum
 from effkern.reference import long_conv as reference
@@ -171,8 +177,8 @@ registry.register(
         reference=reference.long_conv,
         schemas=("long_conv", "long_conv_backward", "long_conv_spectrum"),
         backends=(
-            registry.Backend("cpu", ("cpu",), cpu_refusal),
-            registry.Backend("reference", (), reference_refusal, note="plain PyTorch"),
+            registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
         sizes={},

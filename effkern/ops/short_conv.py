@@ -9,12 +9,17 @@ from torch import Tensor
 
 from effkern import backends
 from effkern.ops import registry
-from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode, without_autocast
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    autocast_dtype,
+    refuse_all_but_fast,
+    refuse_all_but_floating,
+    refuse_forward_mode,
+    without_autocast,
+)
 from effkern.ops._short_conv_checks import check_kinds, check_short_conv
 from effkern.ops._short_conv_dispatch import (
     DOUBLE_BACKWARD,
-    cpu_refusal,
-    reference_refusal,
     short_conv_bytes,
     short_conv_flops,
 )
@@ -152,8 +157,8 @@ registry.register(
         reference=reference.short_conv,
         schemas=("short_conv", "short_conv_backward"),
         backends=(
-            registry.Backend("cpu", ("cpu",), cpu_refusal),
-            registry.Backend("reference", (), reference_refusal, note="plain PyTorch"),
+            registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
         sizes={},
