@@ -4,10 +4,10 @@
 
 #include <stdint.h>
 
+#include "core/dtype.h"
+
 namespace effkern {
 namespace attention {
-
-enum class Dtype : int { fp32, bf16, fp16 };
 
 // Position p sees key j when j <= p + right and (j >= p - left or j < sink).
 struct Band {

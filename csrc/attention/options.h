@@ -153,7 +153,7 @@ class TermTable {
       for (int64_t head = 0; head < g.heads_q; ++head) {
         Terms t{};
         t.bias = bias_.at(static_cast<int64_t>(s), head);
-        if (o.bias) t.bias_dtype = kind_of(o.bias->scalar_type());
+        if (o.bias) t.bias_dtype = kernel_dtype(o.bias->scalar_type());
         t.bias_row = bias_.row;
         t.bias_column = bias_.column;
         t.softcap = static_cast<float>(o.softcap);
@@ -174,10 +174,6 @@ class TermTable {
       }
   }
   const Terms* at(int64_t sequence, int64_t head) const { return &terms_[sequence * heads_ + head]; }
-
-  static Dtype kind_of(ScalarType dtype) {
-    return dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
-  }
 
  private:
   int64_t heads_;

@@ -9,7 +9,6 @@
 namespace effkern {
 namespace EFFKERN_UNIT {
 
-using attention::Dtype;
 using attention::Terms;
 
 // Where a tile of scores stands in the call.

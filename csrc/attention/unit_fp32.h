@@ -7,10 +7,10 @@
 namespace effkern {
 namespace EFFKERN_UNIT {
 
-static const attention::Kernels& kernels_for(attention::Dtype dtype) {
+static const attention::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case attention::Dtype::bf16: return KernelTable<EngineFp32<Bf16>>::value;
-    case attention::Dtype::fp16: return KernelTable<EngineFp32<Fp16>>::value;
+    case Dtype::bf16: return KernelTable<EngineFp32<Bf16>>::value;
+    case Dtype::fp16: return KernelTable<EngineFp32<Fp16>>::value;
     default: return KernelTable<EngineFp32<float>>::value;
   }
 }

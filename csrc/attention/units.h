@@ -20,7 +20,7 @@ constexpr int64_t kForwardBudget = int64_t{32} << 20, kBackwardBudget = int64_t{
 
 inline const Kernels& select_kernels(ScalarType dtype) {
   const Isa level = isa_active();
-  const Dtype kind = dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
+  const Dtype kind = kernel_dtype(dtype);
 #if defined(__x86_64__)
   if (kind == Dtype::bf16 && level == Isa::amx) return kernels_amx();
   if (kind == Dtype::bf16 && level == Isa::avx512_bf16) return kernels_avx512_bf16();

@@ -234,10 +234,10 @@ struct KernelTable {
                                                       chunk<T>, merge<T>};
 };
 
-static const attention_decode::Kernels& kernels_for(attention::Dtype dtype) {
+static const attention_decode::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case attention::Dtype::bf16: return KernelTable<Bf16>::value;
-    case attention::Dtype::fp16: return KernelTable<Fp16>::value;
+    case Dtype::bf16: return KernelTable<Bf16>::value;
+    case Dtype::fp16: return KernelTable<Fp16>::value;
     default: return KernelTable<float>::value;
   }
 }

@@ -23,7 +23,7 @@ using attention::Tensor;
 using attention::unit_last_stride;
 
 const Kernels& select_kernels(ScalarType dtype) {
-  const Dtype kind = attention::TermTable::kind_of(dtype);
+  const Dtype kind = kernel_dtype(dtype);
 #if defined(__x86_64__)
   if (isa_active() >= Isa::avx512) return attention_decode::kernels_avx512(kind);
   if (isa_active() == Isa::avx2) return attention_decode::kernels_avx2(kind);

@@ -6,7 +6,6 @@
 namespace effkern {
 namespace attention_decode {
 
-using attention::Dtype;
 using attention::Mask;
 
 // The keys or values of one (sequence, kv head): rows one after the other, or in pages. Strides count elements.

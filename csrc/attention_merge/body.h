@@ -81,10 +81,10 @@ struct KernelTable {
                                                      backward<T>};
 };
 
-static const attention_merge::Kernels& kernels_for(attention_merge::Dtype dtype) {
+static const attention_merge::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case attention_merge::Dtype::bf16: return KernelTable<Bf16>::value;
-    case attention_merge::Dtype::fp16: return KernelTable<Fp16>::value;
+    case Dtype::bf16: return KernelTable<Bf16>::value;
+    case Dtype::fp16: return KernelTable<Fp16>::value;
     default: return KernelTable<float>::value;
   }
 }

@@ -20,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const Kernels& select_kernels(ScalarType dtype) {
-  const Dtype kind = dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
+  const Dtype kind = kernel_dtype(dtype);
 #if defined(__x86_64__)
   if (isa_active() >= Isa::avx512) return kernels_avx512(kind);
   if (isa_active() == Isa::avx2) return kernels_avx2(kind);

@@ -3,10 +3,10 @@
 
 #include <stdint.h>
 
+#include "core/dtype.h"
+
 namespace effkern {
 namespace attention_merge {
-
-enum class Dtype : int { fp32, bf16, fp16 };
 
 // Rows [begin, end) of `parts` results over disjoint keys; all tensors contiguous, (rows, dim) and (rows).
 struct Forward {

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/dtype.h"
+
 namespace effkern {
 
 // Becomes a RuntimeError in Python. Torch's own check macro would put a source path before the message.
@@ -29,6 +31,12 @@ inline const char* dtype_name(torch::headeronly::ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
+}
+
+// Of a tensor that has been checked to have one that kernels take.
+inline Dtype kernel_dtype(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
 }
 
 inline std::string shape_string(const torch::stable::Tensor& tensor) {

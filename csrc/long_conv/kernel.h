@@ -1,12 +1,11 @@
 // What passes between the long convolutions (torch side) and the ISA units (raw pointers only).
 #pragma once
 
+#include "core/dtype.h"
 #include "long_conv/plan.h"
 
 namespace effkern {
 namespace long_conv {
-
-enum class Dtype : int { fp32, bf16, fp16 };
 
 // One channel of a (batch, channel, position) tensor in the caller's dtype; positions are adjacent.
 struct Signal {

@@ -18,10 +18,10 @@ struct KernelTable {
                                                 {taps_scratch_floats, taps_forward<T>, taps_backward<T>}}};
 };
 
-static const long_conv::Kernels& kernels_for(long_conv::Dtype dtype) {
+static const long_conv::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case long_conv::Dtype::bf16: return KernelTable<Bf16>::value;
-    case long_conv::Dtype::fp16: return KernelTable<Fp16>::value;
+    case Dtype::bf16: return KernelTable<Bf16>::value;
+    case Dtype::fp16: return KernelTable<Fp16>::value;
     default: return KernelTable<float>::value;
   }
 }

@@ -3,10 +3,10 @@
 
 #include <stdint.h>
 
+#include "core/dtype.h"
+
 namespace effkern {
 namespace monarch {
-
-enum class Dtype : int { fp32, bf16, fp16 };
 
 // w1 (k, q, p) takes k * p inputs to k * q = l * r numbers in between, `mid`; w2 (l, s, r) takes those to l * s
 // outputs. Number i of the middle is input i / l of block i % l of the second factor. A single factor has l = 0.

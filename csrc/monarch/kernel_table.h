@@ -32,10 +32,10 @@ struct KernelTable {
       store_rows<T>};
 };
 
-static const monarch::Kernels& kernels_for(monarch::Dtype dtype) {
+static const monarch::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case monarch::Dtype::bf16: return KernelTable<Bf16>::value;
-    case monarch::Dtype::fp16: return KernelTable<Fp16>::value;
+    case Dtype::bf16: return KernelTable<Bf16>::value;
+    case Dtype::fp16: return KernelTable<Fp16>::value;
     default: return KernelTable<float>::value;
   }
 }

@@ -22,7 +22,7 @@ void check_factor(const char* op, const char* name, const Tensor& w, const Tenso
 }  // namespace
 
 const Kernels& select_kernels(ScalarType dtype) {
-  const Dtype kind = dtype == ScalarType::Float ? Dtype::fp32 : dtype == ScalarType::Half ? Dtype::fp16 : Dtype::bf16;
+  const Dtype kind = kernel_dtype(dtype);
 #if defined(__x86_64__)
   if (kind == Dtype::bf16 && isa_active() >= Isa::amx) return kernels_amx();
   if (kind == Dtype::bf16 && isa_active() >= Isa::avx512_bf16) return kernels_avx512_bf16();

@@ -3,14 +3,14 @@
 
 #include <stdint.h>
 
+#include "core/dtype.h"
+
 namespace effkern {
 namespace short_conv {
 
 constexpr int64_t kMaxTaps = 256;
 // Calls of up to this many positions, decoding above all, go row by row in scalar code and expect a contiguous x.
 constexpr int64_t kFewPositions = 4;
-
-enum class Dtype : int { fp32, bf16, fp16 };
 
 struct Shape {
   int64_t batch, channels, length, taps;

@@ -29,10 +29,10 @@ struct KernelTable {
                                                 narrow_parameters<T>};
 };
 
-static const short_conv::Kernels& kernels_for(short_conv::Dtype dtype) {
+static const short_conv::Kernels& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case short_conv::Dtype::bf16: return KernelTable<Bf16>::value;
-    case short_conv::Dtype::fp16: return KernelTable<Fp16>::value;
+    case Dtype::bf16: return KernelTable<Bf16>::value;
+    case Dtype::fp16: return KernelTable<Fp16>::value;
     default: return KernelTable<float>::value;
   }
 }
