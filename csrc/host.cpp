@@ -69,7 +69,9 @@ std::vector<TileRow> attention_tile_plan(int64_t queries, int64_t keys, bool cau
 
 // How a long convolution runs on the level in use.
 py::dict long_conv_plan(int64_t length, int64_t taps, bool causal) {
-  if (length < 1 || taps < 1) throw py::value_error("long_conv_plan: length and taps must be at least 1");
+  constexpr int64_t kLongest = int64_t{1} << 34;
+  if (std::min(length, taps) < 1 || std::max(length, taps) > kLongest)
+    throw py::value_error("long_conv_plan: length and taps must be between 1 and 2^34");
   const effkern::Isa level = effkern::isa_active();
   const int64_t lanes = level >= effkern::Isa::avx512 ? 16 : level == effkern::Isa::avx2 ? 8 : 4;
   const auto choice = effkern::long_conv::choose(length, taps, causal, lanes);

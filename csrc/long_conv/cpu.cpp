@@ -156,7 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward_cpu(
 }
 
 Tensor long_conv_spectrum_cpu(const Tensor& k_in, int64_t length, bool causal) {
-  EFFKERN_CHECK(length >= 1, "long_conv_spectrum: length must be at least 1, got ", length);
+  EFFKERN_CHECK(length >= 1 && length <= kLongest, "long_conv_spectrum: length must be between 1 and ", kLongest,
+                ", got ", length);
+  EFFKERN_CHECK(is_fast(k_in.scalar_type()), "long_conv_spectrum: k must be float32, bfloat16 or float16, got ",
+                dtype_name(k_in.scalar_type()));
   EFFKERN_CHECK(k_in.dim() == (causal ? 2 : 3), "long_conv_spectrum: k must have shape (H, ", causal ? "Lk" : "2, Lk",
                 "), got ", shape_string(k_in));
   // As if for a sequence of that length, or one that all taps reach into.
@@ -175,7 +178,7 @@ Tensor long_conv_spectrum_cpu(const Tensor& k_in, int64_t length, bool causal) {
   for_channels(call, false, call.channels, [&](int64_t channel, const Team& team, void* scratch) {
     float* row = data + channel * stride;
     call.kernels->spectrum(*call.plan, team, call.channel_taps(channel), row, scratch);
-    std::fill(row + numbers, row + stride, static_cast<float>(lanes));
+    write_mark(row + numbers, call);
   });
   return out;
 }

@@ -1,6 +1,7 @@
 #include "long_conv/operands.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace effkern::long_conv {
 namespace {
@@ -37,8 +38,7 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
       spectrum(spectrum_in),
       causal(causal_in) {
   const ScalarType dtype = u.scalar_type();
-  EFFKERN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                "long_conv: u must be float32, bfloat16 or float16");
+  EFFKERN_CHECK(is_fast(dtype), "long_conv: u must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   EFFKERN_CHECK(u.dim() == 3, "long_conv: u must have shape (B, H, L), got ", shape_string(u));
   batches = u.size(0);
   channels = u.size(1);
@@ -47,6 +47,7 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
   EFFKERN_CHECK(causal || history == 0, "long_conv: history must be 0 where taps look ahead, got ", history);
   EFFKERN_CHECK(!pre_in || history == 0, "long_conv: pre_gate cannot be given with a history");
   length = u.size(2) - history;
+  EFFKERN_CHECK(u.size(2) <= kLongest, "long_conv: u may have up to ", kLongest, " positions, got ", u.size(2));
   taps = k.dim() >= 1 ? k.size(k.dim() - 1) : 0;
   EFFKERN_CHECK(causal ? has_shape(k, {channels, taps}) : has_shape(k, {channels, 2, taps}),
                 "long_conv: k must have shape (", channels, causal ? ", Lk), got " : ", 2, Lk), got ", shape_string(k));
@@ -80,9 +81,14 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
                   " positions, u has ", length, " and k ", taps);
     EFFKERN_CHECK(size == smallest_size(size, kernels->lanes), "long_conv: spectrum has ", size,
                   " numbers a channel, which is not a size of the CPU level in use");
-    if (channels > 0)
-      EFFKERN_CHECK(static_cast<const float*>(s.const_data_ptr())[2 * size] == static_cast<float>(kernels->lanes),
-                    "long_conv: spectrum was prepared on another CPU level");
+    if (channels > 0) {
+      float mark[16];
+      write_mark(mark, *this);
+      const float* found = static_cast<const float*>(s.const_data_ptr()) + 2 * size;
+      EFFKERN_CHECK(found[0] == mark[0], "long_conv: spectrum was prepared on another CPU level");
+      EFFKERN_CHECK(memcmp(found, mark, sizeof mark) == 0,
+                    "long_conv: spectrum was prepared for another kernel: other taps, or another value of causal");
+    }
     if (method == kTransform) plan = &plan_for(size, kernels->lanes);
   } else if (method == kTransform) {
     plan = &plan_for(choice.size, kernels->lanes);
@@ -95,6 +101,13 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
 }
 
 Tensor adjacent(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t); }
+
+void write_mark(float* mark, const Operands& call) {
+  std::fill(mark, mark + 16, 0.0f);
+  mark[0] = static_cast<float>(call.kernels->lanes);
+  mark[1] = call.causal ? 1.0f : 2.0f;
+  memcpy(mark + 2, &call.taps, sizeof call.taps);
+}
 
 Taps Operands::channel_taps(int64_t channel) const {
   const float* first = static_cast<const float*>(k.const_data_ptr()) + channel * (causal ? 1 : 2) * taps;

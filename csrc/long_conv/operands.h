@@ -50,7 +50,14 @@ Signal channel_of(const std::optional<Tensor>& t, int64_t channel);
 // alone, since the sums over a group come before those over the groups.
 int64_t batch_groups(int64_t batches, int64_t channels);
 
-// Floats of a row of a prepared spectrum: the numbers, the lanes of the unit that wrote them, and room.
+constexpr int64_t kLongest = int64_t{1} << 34;  // positions of an input
+
+inline bool is_fast(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// Floats of a row of a prepared spectrum: the numbers, and a mark that says what they are.
 inline int64_t spectrum_floats(int64_t size) { return 2 * size + 16; }
+void write_mark(float* mark, const Operands& call);
 
 }  // namespace effkern::long_conv

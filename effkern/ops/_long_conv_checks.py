@@ -86,6 +86,7 @@ def check_parts(
     u: Tensor,
     k: Tensor,
     pre_gate: Tensor | None,
+    post_gate: Tensor | None,
     causal: bool,
     state: Tensor | None,
     return_state: bool,
@@ -104,5 +105,6 @@ def check_parts(
         raise ValueError(f"{_OP}: state and return_state are for causal=True")
     if state is not None:
         check_like("state", state, u, (batch, channels, k.shape[-1] - 1))
-        if pre_gate is not None:
-            check_like("pre_gate", pre_gate, u, (batch, channels, length))
+        for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):
+            if gate is not None:
+                check_like(name, gate, u, (batch, channels, length))

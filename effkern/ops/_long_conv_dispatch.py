@@ -89,7 +89,17 @@ def _composed_forward(
     """The key CUDA: PyTorch's FFTs."""
     check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
     backends.record("long_conv:reference")
-    ready = None if spectrum is None else torch.view_as_complex(spectrum.unflatten(1, (-1, 2)))
+    ready = None
+    if spectrum is not None:
+        numbers = 2 * (spectrum.shape[1] // 2 - 1)  # of the real transform
+        fits = spectrum.shape[0] == u.shape[1] and numbers >= reference.transform_length(
+            u.shape[2], k.shape[-1]
+        )
+        if not fits or spectrum.dtype != torch.float32:
+            raise RuntimeError(
+                "long_conv: spectrum was prepared for another kernel or for fewer positions than u has"
+            )
+        ready = torch.view_as_complex(spectrum.unflatten(1, (-1, 2)))
     return reference.convolve(u, k, skip, pre_gate, post_gate, history, causal, ready)
 
 
@@ -132,7 +142,8 @@ def _composed_backward(
         if scale is not None:
             grad_x[..., history:] += scale[:, None] * g
         found[0] = grad_x if before is None else before * grad_x
-        found[3] = x * grad_x
+        if wanted[3][1]:
+            found[3] = x * grad_x
     if wanted[1][1]:
         # Summed over the batch as a spectrum; taps that look ahead are those at negative lags.
         lags = (g_f * inputs_f.conj_physical()).sum(0)

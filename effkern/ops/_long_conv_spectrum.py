@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effkern import _host
 
@@ -19,16 +22,17 @@ class Spectrum:
         length: the longest input it serves, state included.
         data: the transform, in an order of the backend's own; None where the reference runs, which does its own.
         level: the CPU level whose order that is; "" on other devices.
-        version: how often k had been changed in place by then; None where nobody counts.
+        version: how often k had been changed in place by then, and where its numbers were; None where nobody counts.
 
-    Both are unknown, "" and None, where a compiled graph prepares.
+    Both are unknown, "" and None, where a compiled graph prepares. Changes through `k.data` and those of an inference
+    tensor are not counted: nobody can notice them.
     """
 
     k: Tensor
     length: int
     data: Tensor | None
     level: str
-    version: int | None
+    version: tuple[int, int] | None
 
     @classmethod
     def of(cls, k: Tensor, length: int, data: Tensor | None) -> Spectrum:
@@ -47,6 +51,12 @@ class Spectrum:
                 "long_conv: k was changed in place after long_conv_prepare had made its spectrum; prepare it again"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spectrum:
+        k = copy.deepcopy(self.k, memo)
+        fresh = self.version == _version(self.k)
+        version = _version(k) if fresh else self.version
+        return Spectrum(k, self.length, copy.deepcopy(self.data, memo), self.level, version)
+
     def current(self) -> Tensor | None:
         """The transform, or None where k has to be transformed again."""
         if torch.compiler.is_compiling():
@@ -56,5 +66,5 @@ class Spectrum:
         return self.data if self.level in ("", _host.isa_active()) else None
 
 
-def _version(k: Tensor) -> int | None:
-    return None if k.is_inference() else k._version
+def _version(k: Tensor) -> tuple[int, int] | None:
+    return None if k.is_inference() or isinstance(k, FakeTensor) else (k._version, k.data_ptr())

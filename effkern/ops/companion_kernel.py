@@ -108,7 +108,7 @@ def companion_kernel(a: Tensor, b: Tensor, c: Tensor, length: int, *, backend: s
     for argument, t in (("a", a), ("b", b), ("c", c)):
         if not isinstance(t, Tensor):
             raise TypeError(f"companion_kernel: {argument} must be a tensor, got {type(t).__name__}")
-    if not isinstance(length, int):
+    if not isinstance(length, int | torch.SymInt):
         raise TypeError(f"companion_kernel: length must be an integer, got {type(length).__name__}")
     if length < 1:
         raise ValueError(f"companion_kernel: length must be at least 1, got {length}")

@@ -30,6 +30,7 @@ from effkern.reference import long_conv as reference
 __all__ = ["Spectrum", "long_conv", "long_conv_bytes", "long_conv_flops", "long_conv_prepare"]
 
 _OPS = torch.ops.effkern
+LONGEST = 1 << 34  # positions of an input, as in csrc/long_conv/operands.h
 
 
 def _has_kernel(u: Tensor, asked: str | None) -> bool:
@@ -109,7 +110,7 @@ def long_conv(
     spectrum, taps = (k, k.k) if isinstance(k, Spectrum) else (None, k)
     check_kinds(u=u, k=taps, skip=skip, pre_gate=pre_gate, post_gate=post_gate, state=state)
     kernel = _has_kernel(u, backend)
-    check_parts(u, taps, pre_gate, causal, state, return_state)
+    check_parts(u, taps, pre_gate, post_gate, causal, state, return_state)
     if spectrum is not None:
         spectrum.check(u.shape[2] + (0 if state is None else state.shape[2]))
     x, gate, history = reference.with_state(u, pre_gate, state)
@@ -143,8 +144,8 @@ def long_conv_prepare(k: Tensor, length: int, *, causal: bool = True) -> Spectru
         A `Spectrum`, which holds on to k. Its transform takes about 8 bytes a position and channel.
 
     Raises:
-        TypeError: k is not a tensor.
-        ValueError: length is not positive.
+        TypeError: k is not a tensor, or length not an integer.
+        ValueError: length is not positive, or beyond 2^34.
         RuntimeError: k has another shape or dtype, or more taps than `length`.
 
     Numerics:
@@ -157,8 +158,10 @@ def long_conv_prepare(k: Tensor, length: int, *, causal: bool = True) -> Spectru
         As `effkern.long_conv`.
     """
     check_kinds(k=k)
-    if length < 1:
-        raise ValueError(f"long_conv_prepare: length must be at least 1, got {length}")
+    if not isinstance(length, int | torch.SymInt):
+        raise TypeError(f"long_conv_prepare: length must be an integer, got {type(length).__name__}")
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"long_conv_prepare: length must be between 1 and {LONGEST}, got {length}")
     check_kernel(k, None, causal)
     check_dtype("k", k)
     if k.shape[-1] > length:

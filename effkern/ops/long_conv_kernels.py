@@ -175,7 +175,7 @@ def _check_vandermonde(C: Tensor, A: Tensor, dt: Tensor, length: int) -> None:
     for name, t in (("C", C), ("A", A), ("dt", dt)):
         if not isinstance(t, Tensor):
             raise TypeError(f"vandermonde_kernel: {name} must be a tensor, got {type(t).__name__}")
-    if not isinstance(length, int):
+    if not isinstance(length, int | torch.SymInt):
         raise TypeError(f"vandermonde_kernel: length must be an integer, got {type(length).__name__}")
     if length < 1:
         raise ValueError(f"vandermonde_kernel: length must be at least 1, got {length}")

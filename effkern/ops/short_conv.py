@@ -134,7 +134,8 @@ def short_conv(
     check_kinds(activation, x=x, weight=weight, bias=bias, state=state)
     kernel = _kernel(x, backend)
     if kernel is None:
-        x, weight, bias = (t if t is None else t.to(autocast_dtype(t)) for t in (x, weight, bias))  # type: ignore[assignment]
+        if x.dtype != torch.float64:
+            x, weight, bias = (t if t is None else t.to(autocast_dtype(t)) for t in (x, weight, bias))  # type: ignore[assignment]
         check_short_conv(x, weight, bias, state)
         backends.record("short_conv:reference")
         with without_autocast(x):

@@ -63,8 +63,11 @@ def with_state(u: Tensor, pre_gate: Tensor | None, state: Tensor | None) -> tupl
 
 def next_state(x: Tensor, pre_gate: Tensor | None, taps: int) -> Tensor:
     """The last taps - 1 gated inputs, zeros before the first; `x` and its gate are what `with_state` made."""
-    gated = x if pre_gate is None else x * pre_gate
-    return F.pad(gated, (taps - 1 - x.shape[2], 0)).contiguous()  # a negative pad cuts off the oldest
+    kept = min(taps - 1, x.shape[2])
+    last = x.narrow(2, x.shape[2] - kept, kept)
+    if pre_gate is not None:
+        last = last * pre_gate.narrow(2, x.shape[2] - kept, kept)
+    return F.pad(last, (taps - 1 - kept, 0)).clone(memory_format=torch.contiguous_format)
 
 
 def long_conv(

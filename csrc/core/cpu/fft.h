@@ -225,8 +225,7 @@ static void split(const FftLevel& level, int64_t block, const float* in, float* 
     case 3: return split_block<3, kReal>(in, out, level.remainder, factors);
     case 4: return split_block<4, kReal>(in, out, level.remainder, factors);
     case 5: return split_block<5, kReal>(in, out, level.remainder, factors);
-    case 8: return split_block<8, kReal>(in, out, level.remainder, factors);
-    default: return split_block<16, kReal>(in, out, level.remainder, factors);
+    default: return split_block<8, kReal>(in, out, level.remainder, factors);
   }
 }
 
@@ -239,8 +238,7 @@ static void join(const FftLevel& level, int64_t block, const float* in, float* o
     case 3: return join_block<3, kReal>(in, out, level.remainder, factors);
     case 4: return join_block<4, kReal>(in, out, level.remainder, factors);
     case 5: return join_block<5, kReal>(in, out, level.remainder, factors);
-    case 8: return join_block<8, kReal>(in, out, level.remainder, factors);
-    default: return join_block<16, kReal>(in, out, level.remainder, factors);
+    default: return join_block<8, kReal>(in, out, level.remainder, factors);
   }
 }
 

@@ -7,8 +7,8 @@ namespace effkern {
 
 constexpr int kFftLevels = 12;
 
-// Splits every block of radix * remainder numbers into `radix` remainders. `factors` has the powers 1 to radix - 1 of a
-// complex number for each block, blocks in order.
+// Radices are 1, 2, 3, 4, 5 and 8. Splits every block of radix * remainder numbers into `radix` remainders. `factors`
+// has the powers 1 to radix - 1 of a complex number for each block, blocks in order.
 struct FftLevel {
   int radix;
   int64_t remainder;

@@ -12,8 +12,7 @@ EFFKERN_INLINE Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-EFFKERN_INLINE Vec vfms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }    // a b - c
-EFFKERN_INLINE Vec vfnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+EFFKERN_INLINE Vec vfms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }  // a b - c
 // Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }

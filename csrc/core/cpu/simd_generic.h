@@ -19,7 +19,6 @@ EFFKERN_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
 EFFKERN_INLINE Vec vmul(Vec a, Vec b) { return a * b; }
 EFFKERN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 EFFKERN_INLINE Vec vfms(Vec a, Vec b, Vec c) { return a * b - c; }
-EFFKERN_INLINE Vec vfnma(Vec a, Vec b, Vec c) { return c - a * b; }
 EFFKERN_INLINE Vec vselect(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no)); }
 // Where either is NaN both return the second argument: keep a running maximum second.
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return vselect(a > b, a, b); }
