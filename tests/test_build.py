@@ -258,10 +258,11 @@ def test_import_with_unusable_home() -> None:
 
 
 @needs_plain_build
-def test_import_is_quick() -> None:
-    """Less than 150 ms beyond torch, in the best of three fresh processes."""
+def test_import_is_quick(tmp_path: Path) -> None:
+    """Less than 150 ms beyond torch, in the best of some fresh processes, compiled once as an installed package is."""
     code = "import time, torch; t = time.perf_counter(); import effkern; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.15
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert min(float(python(code, **compiled)) for _ in range(4)) < 0.15
 
 
 def test_a_tree_that_is_not_built_says_so(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@
 
 namespace effkern {
 
-// Asks for huge pages under fresh memory of several MiB, where the system leaves that to programs: most of the time of
-// writing to it for the first time goes into mapping it page by page.
+// Asks for huge pages under fresh memory of 16 MiB and more, where the system leaves that to programs: most of the time
+// of writing to it for the first time goes into mapping it page by page. Half-used huge pages are then little beside
+// it.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= int64_t{1} << 24 && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

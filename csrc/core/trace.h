@@ -3,7 +3,7 @@
 
 #include <string>
 
-#define EFFKERN_API __attribute__((visibility("default")))
+#include "core/export.h"
 
 namespace effkern {
 

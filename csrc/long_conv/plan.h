@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include "core/cpu/fft_tables.h"
-#include "core/trace.h"  // EFFKERN_API
+#include "core/export.h"
 
 namespace effkern {
 namespace long_conv {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "core/trace.h"  // EFFKERN_API
+#include "core/export.h"
 
 namespace effkern {
 
