@@ -277,7 +277,8 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
     ones = replace(
         exact, grad_out=torch.ones_like(inputs.grad_out), grad_lse=torch.zeros_like(inputs.grad_lse)
     )
-    column = differentiate(reference.attention, ones, **options)["grad_v"].max().item()
+    results = differentiate(reference.attention, ones, **options)
+    column = results["grad_v"].max().item()
     unit = {
         "out": score,
         "lse": score * (1 if dtype == torch.float32 else 4),
@@ -289,6 +290,13 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
     }
     if case.bias is not None and not all(case.bias):
         unit["grad_bias"] *= max(1.0, column)
+    if case.sinks:
+        # The sum over all queries of weight times delta, which is made of `out` as it was rounded: half a step of each
+        # number, at random. A single result, where the composition may come closer by chance.
+        weights = (exact.leaves["sink_logits"][:, None] - results["lse"]).exp()
+        parts = weights[..., None] * inputs.grad_out.double() * results["out"]
+        rounding = parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() / 2
+        unit["grad_sink_logits"] += rounding * torch.finfo(dtype).eps / (4 * torch.finfo(torch.float32).eps)
     return {name: unit[name] for name in names}
 
 
