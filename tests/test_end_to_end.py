@@ -34,9 +34,7 @@ def test_losses_match_plain_pytorch(dtype: torch.dtype, difference: float) -> No
 @pytest.mark.parametrize(("dtype", "difference"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 def test_hyena_learns_as_through_torch_fft(dtype: torch.dtype, difference: float) -> None:
     study = end_to_end.study(["long_conv"])
-    result = end_to_end.train(
-        torch.device("cpu"), steps=12, config=SMALL, batch=2, dtype=dtype, chosen=study
-    )
+    result = end_to_end.train(torch.device("cpu"), steps=12, config=SMALL, batch=2, dtype=dtype, chosen=study)
     assert result.curves[0].path.endswith(":reference")
     _assert_equal_losses(result, difference)
 
