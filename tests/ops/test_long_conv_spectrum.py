@@ -110,8 +110,10 @@ def test_spectrum_in_compiled_code_and_in_inference_mode() -> None:
 def test_what_cannot_be_prepared() -> None:
     k = torch.randn(3, 16)
     for args, error, match in (
-        ((k, -1), ValueError, "length must be at least 1, got -1"),
-        ((k, 0), ValueError, "length must be at least 1, got 0"),
+        ((k, -1), ValueError, "length must be between 1 and 17179869184, got -1"),
+        ((k, 0), ValueError, "length must be between 1 and 17179869184, got 0"),
+        ((k, 2**40), ValueError, "length must be between 1 and 17179869184, got 1099511627776"),
+        ((k, 16.0), TypeError, "length must be an integer, got float"),
         ((k, 15), RuntimeError, "k has 16 taps, length is only 15"),
         ((k[None], 16), RuntimeError, r"k must have shape \(H, Lk\) with causal=True, got \(1, 3, 16\)"),
         ((k.long(), 16), RuntimeError, "k must be float32, bfloat16 or float16, got int64"),
