@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from effkern.reference import long_conv as reference
 _OPS = torch.ops.effkern
 _ARGUMENTS = 8  # of the forward op
 DOUBLE_BACKWARD = "long_conv: second derivatives are only available with backend='reference'"
+
+
+def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    from effkern._triton import long_conv as launcher
+
+    return launcher.supports(torch.device(device), dtype, sizes)
 
 
 def _fake_forward(
@@ -86,7 +96,7 @@ def _composed_forward(
     history: int = 0,
     causal: bool = True,
 ) -> Tensor:
-    """The key CUDA: PyTorch's FFTs."""
+    """The key CUDA of `long_conv` until the Triton kernels have run on hardware: PyTorch's FFTs."""
     check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
     backends.record("long_conv:reference")
     ready = None
@@ -159,6 +169,46 @@ def _composed_backward(
     )
 
 
+def _triton_forward(
+    u: Tensor,
+    k: Tensor,
+    spectrum: Tensor | None = None,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    history: int = 0,
+    causal: bool = True,
+) -> Tensor:
+    """Has spectra of its own: `spectrum` goes unused, here and in the backward."""
+    check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
+    backends.select("long_conv", u.device.type, u.dtype, {"positions": u.shape[2]}, "triton")
+    from effkern._triton import long_conv as launcher
+
+    backends.record("long_conv:triton")
+    return launcher.long_conv(u, k, skip, pre_gate, post_gate, history, causal)
+
+
+def _triton_backward(
+    grad_out: Tensor,
+    u: Tensor,
+    k: Tensor,
+    spectrum: Tensor | None = None,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    history: int = 0,
+    causal: bool = True,
+    *needed: bool,
+    **named: bool,
+) -> tuple[Tensor, ...]:
+    backends.select("long_conv", u.device.type, u.dtype, {"positions": u.shape[2]}, "triton")
+    from effkern._triton import long_conv as launcher
+
+    backends.record("long_conv_backward:triton")
+    given = grad_out, u, k, skip, pre_gate, post_gate, history, causal
+    return launcher.long_conv_backward(*given, *needed, **named)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.count = len(inputs)
     given = (*inputs, *(None, None, None, None, 0, True)[len(inputs) - 2 :])
@@ -166,28 +216,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.history, ctx.causal = given[6:]
 
 
-def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    u, k, spectrum, skip, pre_gate, post_gate = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad[: ctx.count], *(False,) * (_ARGUMENTS - ctx.count))
-    needed = [bool(needs[i]) for i in (0, 1, 3, 4, 5)]
-    grads = _OPS.long_conv_backward(
-        grad_out, u, k, spectrum, skip, pre_gate, post_gate, ctx.history, ctx.causal, *needed
-    )
-    grad_u, grad_k, *others = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
-    return (grad_u, grad_k, None, *others, None, None)[: ctx.count]
+def _gradient(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        u, k, spectrum, skip, pre_gate, post_gate = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[: ctx.count], *(False,) * (_ARGUMENTS - ctx.count))
+        needed = [bool(needs[i]) for i in (0, 1, 3, 4, 5)]
+        grads = backward(
+            grad_out, u, k, spectrum, skip, pre_gate, post_gate, ctx.history, ctx.causal, *needed
+        )
+        grad_u, grad_k, *others = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
+        return (grad_u, grad_k, None, *others, None, None)[: ctx.count]
+
+    return gradient
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(DOUBLE_BACKWARD)
 
 
-torch.library.register_fake("effkern::long_conv", _fake_forward)
-torch.library.register_fake("effkern::long_conv_backward", _fake_backward)
+for _op in ("long_conv", "long_conv_triton"):
+    _backward = f"{_op}_backward"
+    torch.library.register_fake(f"effkern::{_op}", _fake_forward)
+    torch.library.register_fake(f"effkern::{_backward}", _fake_backward)
+    register_gradient(_op, _setup_context, _gradient(getattr(_OPS, _backward)))
+    torch.library.register_autograd(f"effkern::{_backward}", _refuse)
+    register_flops(_op, op_flops)
+    register_flops(_backward, lambda grad_out, *args, **named: op_flops(*args, backward=True, **named))
 torch.library.register_fake("effkern::long_conv_spectrum", _fake_spectrum)
-register_gradient("long_conv", _setup_context, _gradient)
-torch.library.register_autograd("effkern::long_conv_backward", _refuse)
 register_kernel("long_conv", _composed_forward, "CUDA")
 register_kernel("long_conv_backward", _composed_backward, "CUDA")
 register_kernel("long_conv_spectrum", _composed_spectrum, "CUDA")
-register_flops("long_conv", op_flops)
-register_flops("long_conv_backward", lambda grad_out, *args, **named: op_flops(*args, backward=True, **named))
+register_kernel("long_conv_triton", _triton_forward, "CPU", "CUDA")
+register_kernel("long_conv_triton_backward", _triton_backward, "CPU", "CUDA")

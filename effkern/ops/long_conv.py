@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from effkern.ops._long_conv_checks import (
     check_parts,
 )
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
-from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD
+from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, triton_refusal
 from effkern.ops._long_conv_samples import bad_samples, calls, samples
 from effkern.ops._long_conv_spectrum import Spectrum
 from effkern.reference import long_conv as reference
@@ -33,15 +35,17 @@ _OPS = torch.ops.effkern
 LONGEST = 1 << 34  # positions of an input, as in csrc/long_conv/operands.h
 
 
-def _has_kernel(u: Tensor, asked: str | None) -> bool:
-    """Whether a request goes to the dispatcher's op, or else to the reference."""
+def _kernel(u: Tensor, asked: str | None) -> Any:
+    """The dispatcher's op for a request, None for the reference."""
     name = backends.forced() if asked is None else asked
     if name is None:
-        return u.dtype in FAST_DTYPES and u.device.type in ("cpu", "cuda", "meta")
+        usable = u.dtype in FAST_DTYPES and u.device.type in ("cpu", "cuda", "meta")
+        return _OPS.long_conv.default if usable else None
     backends.check_name(name)
-    if name != "reference":
-        backends.select("long_conv", u.device.type, u.dtype, {}, name)
-    return name != "reference"
+    if name == "reference":
+        return None
+    backends.select("long_conv", u.device.type, u.dtype, {}, name)
+    return getattr(_OPS, "long_conv_triton" if name == "triton" else "long_conv").default
 
 
 def long_conv(
@@ -77,7 +81,8 @@ def long_conv(
         causal: whether an output depends on its own and earlier inputs only.
         state: (B, H, Lk - 1), u's dtype: the gated inputs before u. Causal convolutions only.
         return_state: whether the state after u is returned too. Without `state` the input starts here, after zeros.
-        backend: "cpu" or "reference"; None leaves the choice to `effkern.backends`.
+        backend: "cpu", "triton" (up to 4096 positions, state included; transforms k anew even where it is prepared) or
+            "reference"; None leaves the choice to `effkern.backends`.
 
     Returns:
         out (B, H, L) in u's dtype, contiguous; with return_state=True (out, state). Differentiable in every tensor,
@@ -109,15 +114,15 @@ def long_conv(
     """
     spectrum, taps = (k, k.k) if isinstance(k, Spectrum) else (None, k)
     check_kinds(u=u, k=taps, skip=skip, pre_gate=pre_gate, post_gate=post_gate, state=state)
-    kernel = _has_kernel(u, backend)
+    kernel = _kernel(u, backend)
     check_parts(u, taps, pre_gate, post_gate, causal, state, return_state)
     if spectrum is not None:
         spectrum.check(u.shape[2] + (0 if state is None else state.shape[2]))
     x, gate, history = reference.with_state(u, pre_gate, state)
-    if kernel:
+    if kernel is not None:
         refuse_forward_mode("long_conv", x, taps, skip, gate, post_gate)
         data = None if spectrum is None else spectrum.current()
-        out = _OPS.long_conv.default(x, taps, data, skip, gate, post_gate, history, causal)
+        out = kernel(x, taps, data, skip, gate, post_gate, history, causal)
     else:
         check_convolution(x, taps, skip, gate, post_gate, history, causal)
         backends.record("long_conv:reference")
@@ -167,7 +172,7 @@ def long_conv_prepare(k: Tensor, length: int, *, causal: bool = True) -> Spectru
     if k.shape[-1] > length:
         raise RuntimeError(f"long_conv_prepare: k has {k.shape[-1]} taps, length is only {length}")
     data = None
-    if _has_kernel(k, None):
+    if _kernel(k, None) is not None:
         data = _OPS.long_conv_spectrum.default(k.detach(), length, causal)
     return Spectrum.of(k, length, data)
 
@@ -178,9 +183,13 @@ registry.register(
         family="long_conv",
         public=long_conv,
         reference=reference.long_conv,
-        schemas=("long_conv", "long_conv_backward", "long_conv_spectrum"),
+        schemas=(
+            *("long_conv", "long_conv_backward", "long_conv_spectrum"),
+            *("long_conv_triton", "long_conv_triton_backward"),
+        ),
         backends=(
             registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend("triton", (), triton_refusal, note="unverified on hardware", automatic=False),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
