@@ -94,7 +94,7 @@ def results(
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     given = leaves.given
-    found = torch.autograd.grad(out, list(given.values()), grad.to(out.dtype), materialize_grads=True)
+    found = torch.autograd.grad(out, list(given.values()), grad.to(out), materialize_grads=True)
     return {"out": out.detach(), **dict(zip(given, found, strict=True))}
 
 
@@ -103,11 +103,12 @@ def check(
     cuts: tuple[int, ...] = (),
     prepared: int = 0,
     grad: Tensor | None = None,
+    backend: str | None = None,
     **options: Any,
 ) -> None:
     """Output and gradients have a relative error in L2 of at most twice that of torch.fft in the same dtype, plus four
     rounding steps of float32 at the size of the numbers that were summed."""
-    ours = results(effkern.long_conv, inputs, grad, cuts=cuts, prepared=prepared, **options)
+    ours = results(effkern.long_conv, inputs, grad, cuts=cuts, prepared=prepared, backend=backend, **options)
     plain = results(reference, inputs, grad, cuts=cuts, **options)
     exact = results(reference, inputs.map(lambda t: t.detach().double()), grad, **options)
     batch, _, length = inputs.u.shape

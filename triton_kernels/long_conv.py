@@ -1,8 +1,9 @@
 """Launchers of the Triton long convolutions: forward, backward, and what they support.
 
-One program transforms a kernel and then every row of its share of the batch, all within the chip: what moves is the
-input and the output. The ring is the smallest of `_RINGS` that holds the input; all shapes depend on shapes alone,
-nothing is tuned at run time. Unverified on hardware: runs and timings there are still due.
+Kernels are transformed first, one program each. Then a program takes a channel and its share of the batch, a row after
+the other, each from input to output within the chip; the backward sums the gradient of a kernel over them as a
+spectrum. The ring is the smallest of `_RINGS` that holds the input; it and the shares depend on shapes alone, nothing
+is tuned at run time. Unverified on hardware: runs and timings there are still due.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Ring(NamedTuple):
     backward: int
 
 
-# Forward and backward neither spill nor outgrow shared memory (tests/test_triton_compile.py).
+# With these warps nothing spills but a few registers of the largest backward (tests/test_triton_compile.py).
 _RINGS = (Ring(256, 1, 1), Ring(512, 2, 2), Ring(1024, 4, 4), Ring(2048, 4, 8), Ring(4096, 8, 8))
 MAX_LENGTH = _RINGS[-1].size
 
@@ -98,7 +99,6 @@ class _Problem:
         groups = min(self.batches, triton.cdiv(_PROGRAMS, max(self.channels, 1)))
         self.rows = triton.cdiv(self.batches, max(groups, 1))
         self.groups = triton.cdiv(self.batches, max(self.rows, 1))
-
         self.tables = _tables(ring.size, self.on)
         self.common = {"N": ring.size, "PRECISION": "tf32x3" if architecture(self.on) else "ieee", "num_stages": 1}
 
@@ -110,17 +110,18 @@ class _Problem:
         spectra = torch.empty((self.channels, 2, self.ring.size), dtype=torch.float32, device=self.on)
         kernels.long_conv_spectrum_kernel[(self.channels,)](
             self.k, self.skip, spectra, self.tables, self.taps, self.k.stride(0),
-            0 if self.causal else self.k.stride(1), HAS_SKIP=self.skip is not None, CAUSAL=self.causal, num_warps=self.ring.forward, **self.common)
+            0 if self.causal else self.k.stride(1), HAS_SKIP=self.skip is not None, CAUSAL=self.causal,
+            num_warps=self.ring.forward, **self.common)
         return spectra
 
     def launch(self, kernel, tensors, steps, flags, warps):
-        """Runs a kernel, `tensors` being those before and after the arguments that both kernels share."""
+        """Runs a kernel; `tensors` are those before and after the ones that both kernels take."""
         before, after = tensors
         kernel[(self.channels, self.groups)](
             *before, self.u, self.spectra(), self.pre, self.post, *after, self.tables, 0, self.batches,
             self.rows, self.channels, self.length, self.history, *steps, *_steps(self.u), *_steps(self.pre),
-            *_steps(self.post), HAS_PRE=self.pre is not None,
-            HAS_POST=self.post is not None, **flags, num_warps=warps, **self.common)
+            *_steps(self.post), HAS_PRE=self.pre is not None, HAS_POST=self.post is not None, **flags,
+            num_warps=warps, **self.common)
 
 
 def long_conv(u, k, skip=None, pre_gate=None, post_gate=None, history=0, causal=True):

@@ -21,19 +21,19 @@ MATRIX = tl.constexpr(512)  # numbers of a matrix in the tables
 
 
 @triton.jit
-def matrix(tables, START: tl.constexpr, TURNED: tl.constexpr = False):
-    """Real and imaginary part of a 16 x 16 matrix."""
+def matrix(source, TURNED: tl.constexpr = False):
+    """Real and imaginary part of a 16 x 16 matrix, transposed when TURNED."""
     ri = tl.arange(0, RADIX)[:, None]
     ci = tl.arange(0, RADIX)[None, :]
-    source = tables + START + (ci * RADIX + ri if TURNED else ri * RADIX + ci)
+    source += ci * RADIX + ri if TURNED else ri * RADIX + ci
     return tl.load(source), tl.load(source + RADIX * RADIX)
 
 
 @triton.jit
-def twiddles(tables, START: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr):
+def planes(source, COLUMNS: tl.constexpr, EACH: tl.constexpr):
     """Real and imaginary part of (16, COLUMNS) numbers, each column EACH times."""
     ci = tl.arange(0, COLUMNS * EACH)[None, :] // EACH
-    source = tables + START + tl.arange(0, RADIX)[:, None] * COLUMNS + ci
+    source += tl.arange(0, RADIX)[:, None] * COLUMNS + ci
     return tl.load(source), tl.load(source + RADIX * COLUMNS)
 
 
@@ -63,16 +63,16 @@ def back(x, N: tl.constexpr):
 def later_steps(re, im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """What follows the first product of a transform."""
     R3: tl.constexpr = N // (RADIX * RADIX)
-    t_re, t_im = twiddles(tables, MATRIX, N // RADIX, 1)
+    t_re, t_im = planes(tables + MATRIX, N // RADIX, 1)
     a_re = forth(re * t_re - im * t_im, N)
     a_im = forth(re * t_im + im * t_re, N)
-    f_re, f_im = matrix(tables, MATRIX + 2 * N)
+    f_re, f_im = matrix(tables + MATRIX + 2 * N)
     s_re, s_im = product(f_re, f_im, a_re, a_im, PRECISION)
     if R3 > 1:
-        t_re, t_im = twiddles(tables, 2 * MATRIX + 2 * N, R3, RADIX)
+        t_re, t_im = planes(tables + 2 * MATRIX + 2 * N, R3, RADIX)
         a_re = forth(s_re * t_re - s_im * t_im, N)
         a_im = forth(s_re * t_im + s_im * t_re, N)
-        f_re, f_im = matrix(tables, 2 * MATRIX + 2 * N + 2 * RADIX * R3)
+        f_re, f_im = matrix(tables + 2 * MATRIX + 2 * N + 2 * RADIX * R3)
         s_re, s_im = product(f_re, f_im, a_re, a_im, PRECISION)
     return s_re, s_im
 
@@ -82,25 +82,25 @@ def earlier_steps(s_re, s_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """`later_steps` undone, but for a factor N/16."""
     R3: tl.constexpr = N // (RADIX * RADIX)
     if R3 > 1:
-        f_re, f_im = matrix(tables, 2 * MATRIX + 2 * N + 2 * RADIX * R3)
+        f_re, f_im = matrix(tables + 2 * MATRIX + 2 * N + 2 * RADIX * R3)
         a_re, a_im = product(f_re, -f_im, s_re, s_im, PRECISION)
         a_re = back(a_re, N)
         a_im = back(a_im, N)
-        t_re, t_im = twiddles(tables, 2 * MATRIX + 2 * N, R3, RADIX)
+        t_re, t_im = planes(tables + 2 * MATRIX + 2 * N, R3, RADIX)
         s_re = a_re * t_re + a_im * t_im
         s_im = a_im * t_re - a_re * t_im
-    f_re, f_im = matrix(tables, MATRIX + 2 * N)
+    f_re, f_im = matrix(tables + MATRIX + 2 * N)
     a_re, a_im = product(f_re, -f_im, s_re, s_im, PRECISION)
     a_re = back(a_re, N)
     a_im = back(a_im, N)
-    t_re, t_im = twiddles(tables, MATRIX, N // RADIX, 1)
+    t_re, t_im = planes(tables + MATRIX, N // RADIX, 1)
     return a_re * t_re + a_im * t_im, a_im * t_re - a_re * t_im
 
 
 @triton.jit
 def transform(x, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """Spectrum of real x."""
-    f_re, f_im = matrix(tables, 0)
+    f_re, f_im = matrix(tables)
     re = tl.dot(f_re, x, input_precision=PRECISION)
     im = tl.dot(f_im, x, input_precision=PRECISION)
     return later_steps(re, im, tables, N, PRECISION)
@@ -109,7 +109,7 @@ def transform(x, tables, N: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def transform_complex(x_re, x_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """Spectrum of x_re + i x_im."""
-    f_re, f_im = matrix(tables, 0)
+    f_re, f_im = matrix(tables)
     re, im = product(f_re, f_im, x_re, x_im, PRECISION)
     return later_steps(re, im, tables, N, PRECISION)
 
@@ -118,7 +118,7 @@ def transform_complex(x_re, x_im, tables, N: tl.constexpr, PRECISION: tl.constex
 def real_part(s_re, s_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """N times the real part of what has the spectrum s."""
     re, im = earlier_steps(s_re, s_im, tables, N, PRECISION)
-    f_re, f_im = matrix(tables, 0, TURNED=True)
+    f_re, f_im = matrix(tables, TURNED=True)
     return tl.dot(f_im, im, tl.dot(f_re, re, input_precision=PRECISION), input_precision=PRECISION)
 
 
@@ -126,14 +126,16 @@ def real_part(s_re, s_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
 def both_parts(s_re, s_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
     """N times what has the spectrum s."""
     re, im = earlier_steps(s_re, s_im, tables, N, PRECISION)
-    f_re, f_im = matrix(tables, 0, TURNED=True)
+    f_re, f_im = matrix(tables, TURNED=True)
     return product(f_re, -f_im, re, im, PRECISION)
 
 
 @triton.jit
 def positions(N: tl.constexpr):
-    """(16, N/16): the position of each entry of a tile."""
-    return tl.arange(0, RADIX).to(tl.int64)[:, None] * (N // RADIX) + tl.arange(0, N // RADIX).to(tl.int64)[None, :]
+    """(16, N/16): the position of each entry of a tile. In 64 bits, differences become part of the instructions that
+    read and write; in 32, each address takes registers of its own."""
+    rows = tl.arange(0, RADIX).to(tl.int64)[:, None]
+    return rows * (N // RADIX) + tl.arange(0, N // RADIX).to(tl.int64)[None, :]
 
 
 @triton.jit
@@ -161,14 +163,14 @@ def long_conv_spectrum_kernel(k, skip, spectra, tables, taps, k_channel, k_row, 
 @triton.jit
 def times(re, im, spectra, N: tl.constexpr):
     """Product with the spectrum of a kernel."""
-    k_re, k_im = twiddles(spectra, 0, N // RADIX, 1)
+    k_re, k_im = planes(spectra, N // RADIX, 1)
     return re * k_re - im * k_im, re * k_im + im * k_re
 
 
 @triton.jit
 def times_conjugate(re, im, spectra, N: tl.constexpr):
     """Product with the conjugate of the spectrum of a kernel."""
-    k_re, k_im = twiddles(spectra, 0, N // RADIX, 1)
+    k_re, k_im = planes(spectra, N // RADIX, 1)
     return re * k_re + im * k_im, im * k_re - re * k_im
 
 

@@ -1,0 +1,254 @@
+"""The Triton long convolutions against float64: under the interpreter everywhere, on the GPU where there is one.
+
+The interpreted cases run in a process of their own (tests/interpreted.py), in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from interpreted import needs_device, needs_interpreter, needs_triton, report, settle, verdicts
+from long_conv_oracle import Inputs, random_inputs, results
+from long_conv_oracle import check as check_inputs
+from torch import Tensor
+
+import effkern
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RAN = "long_conv_backward:triton"
+
+# Shapes are (B, H, L, Lk).
+CASES: dict[str, dict[str, Any]] = {
+    "one position": dict(shape=(1, 1, 1, 1)),
+    "short": dict(shape=(3, 2, 20, 7)),
+    "smallest ring": dict(shape=(2, 3, 256, 256)),
+    "one position more": dict(shape=(2, 2, 257, 257)),
+    "odd": dict(shape=(1, 3, 601, 5)),
+    "ring of 1024": dict(shape=(2, 1, 1024, 1024)),
+    "ring of 2048": dict(shape=(1, 1, 1999, 1500)),
+    "largest ring": dict(shape=(1, 2, 4096, 4096)),
+    "no batch": dict(shape=(0, 2, 20, 20)),
+    "no channels": dict(shape=(2, 0, 20, 20)),
+    "no positions": dict(shape=(2, 2, 0, 20)),
+    "positions apart": dict(shape=(2, 3, 40, 40), layout="positions apart"),
+    "rows apart": dict(shape=(2, 3, 40, 40), layout="rows apart"),
+    "weights in float32": dict(shape=(2, 3, 300, 300), float_weights=True),
+}
+# What a real grid needs on top: several shares of the batch, many channels.
+DEVICE_CASES: dict[str, dict[str, Any]] = {
+    "many channels": dict(shape=(3, 700, 1000, 1000)),
+    "large batch": dict(shape=(530, 2, 513, 100)),
+    "many of both": dict(shape=(9, 130, 4096, 4096)),
+}
+
+
+def apart(t: Tensor, layout: str) -> Tensor:
+    if layout == "positions apart":
+        return t.mT.contiguous().mT
+    if layout == "rows apart":
+        return torch.nn.functional.pad(t, (2, 3))[..., 2:-3]
+    return t
+
+
+def check(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Output and every gradient against the oracle, with and without gates and skip, both directions; on the GPU twice,
+    for equal bits."""
+    torch.manual_seed(0)
+    for causal, full in product((True, False), repeat=2):
+        made = random_inputs(
+            *case["shape"],
+            dtype,
+            causal=causal,
+            skip=full,
+            gates=full,
+            float_weights=case.get("float_weights", False),
+        )
+        inputs = made.map(lambda t: apart(t.to(device), case.get("layout", "plain")))
+        with effkern.testing.nan_filled_empty():
+            check_inputs(inputs, causal=causal, backend="triton")
+            assert effkern.backends.last() == RAN
+            if device == "cuda":
+                once, again = (
+                    results(effkern.long_conv, inputs, causal=causal, backend="triton") for _ in range(2)
+                )
+                assert all(torch.equal(value, again[name]) for name, value in once.items())
+
+
+def check_parts(dtype: torch.dtype, device: str) -> None:
+    """Any cuts: the oracle sees the input whole. A prepared kernel gives what the kernel gives."""
+    for cuts, taps, state in (((7,), 30, False), ((1, 2, 250, 299), 17, True), ((150,), 300, True)):
+        made = random_inputs(2, 3, 300, taps, dtype, skip=True, gates=True, state=state)
+        inputs = made.map(lambda t: t.to(device))
+        check_inputs(inputs, cuts, backend="triton")
+        check_inputs(inputs, cuts, prepared=300 + taps, backend="triton")
+        assert effkern.backends.last() == RAN
+
+
+def check_surplus_taps(dtype: torch.dtype, device: str) -> None:
+    """Taps that no input meets count for nothing and have zero gradients."""
+    op = torch.ops.effkern
+    for causal in (True, False):
+        inputs = random_inputs(2, 3, 20, 50, dtype, causal=causal).map(lambda t: t.to(device))
+        grad = torch.randn(2, 3, 20).to(inputs.u)
+        out = op.long_conv_triton(inputs.u, inputs.k, causal=causal)
+        assert torch.equal(out, op.long_conv_triton(inputs.u, inputs.k[..., :20], causal=causal))
+        grad_k = op.long_conv_triton_backward(grad, inputs.u, inputs.k, causal=causal)[1]
+        fewer = op.long_conv_triton_backward(grad, inputs.u, inputs.k[..., :20], causal=causal)[1]
+        assert torch.equal(grad_k[..., :20], fewer) and not grad_k[..., 20:].any()
+
+
+def check_needs(dtype: torch.dtype, device: str) -> None:
+    """A gradient that is not needed is empty, and the others do not depend on it."""
+    inputs = random_inputs(3, 2, 50, 50, dtype, skip=True, gates=True).map(lambda t: t.to(device))
+    given = inputs.u, inputs.k, None, inputs.skip, inputs.pre_gate, inputs.post_gate, 0, True
+    op = torch.ops.effkern.long_conv_triton_backward
+    grad = torch.randn(3, 2, 50).to(inputs.u)
+    whole = op(grad, *given)
+    for needs in product((True, False), repeat=5):
+        for found, full, need in zip(op(grad, *given, *needs), whole, needs):
+            assert found.dtype == dtype
+            if need:
+                torch.testing.assert_close(found, full)
+            else:
+                assert found.shape == (0,)
+
+
+@contextmanager
+def programs(count: int) -> Iterator[None]:
+    """As if a GPU were full with so few programs: each then has several rows."""
+    from effkern._triton import long_conv as launcher
+
+    before = launcher._PROGRAMS
+    launcher._PROGRAMS = count
+    try:
+        yield
+    finally:
+        launcher._PROGRAMS = before
+
+
+def check_shares(dtype: torch.dtype, device: str) -> None:
+    """Shares of the batch, the last one smaller: an output row is the same in any, gradients add up."""
+    inputs = random_inputs(7, 2, 40, 40, dtype, skip=True, gates=True).map(lambda t: t.to(device))
+    alone = results(effkern.long_conv, inputs, backend="triton")
+    for count in (1, 4, 6):
+        with programs(count):
+            check_inputs(inputs, backend="triton")
+            shared = results(effkern.long_conv, inputs, backend="triton")
+        for name, value in shared.items():
+            if name not in ("k", "skip"):
+                assert torch.equal(value, alone[name]), name
+
+
+def check_nan(dtype: torch.dtype, device: str) -> None:
+    """A NaN stays in its row, in gradients of k and skip in its channel; the gradient of u does not look at u."""
+    inputs = random_inputs(3, 4, 300, 300, dtype, skip=True, gates=True).map(lambda t: t.to(device))
+    u = inputs.u.clone()
+    u[1, 2, 17] = torch.nan
+    spoiled = Inputs(u, inputs.k, inputs.skip, inputs.pre_gate, inputs.post_gate)
+    with programs(4):
+        clean, dirty = (results(effkern.long_conv, i, backend="triton") for i in (inputs, spoiled))
+    row = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    row[1, 2] = True
+    for name, value in dirty.items():
+        touched = row if value.dim() == 3 else row.any(0)
+        assert torch.equal(value[~touched], clean[name][~touched]), name
+    assert dirty["out"][1, 2, 17].isnan() and dirty["k"][2].isnan().any() and dirty["skip"][2].isnan()
+    assert torch.equal(dirty["u"], clean["u"])
+
+
+def check_refusal(dtype: torch.dtype, device: str) -> None:
+    """Inputs that no ring holds, their state included, are refused by name, forward and backward."""
+    u, k = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 1, 4097), (1, 2)))
+    backward = torch.ops.effkern.long_conv_triton_backward
+    for call in (
+        lambda: effkern.long_conv(u, k, backend="triton"),
+        lambda: effkern.long_conv(u[..., 1:], k, state=u[..., :1], backend="triton"),
+        lambda: backward(u, u, k),
+    ):
+        with pytest.raises(effkern.backends.Unavailable, match=r"up to 4096 positions.* not 4097"):
+            call()
+
+
+EXTRA = {
+    "in parts": check_parts,
+    "surplus taps": check_surplus_taps,
+    "needs": check_needs,
+    "shares of the batch": check_shares,
+    "nan": check_nan,
+    "refusal": check_refusal,
+}
+
+
+@pytest.fixture(scope="module", name="verdicts")
+def _verdicts() -> dict[str, str]:
+    return verdicts(__file__)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", [*CASES, *EXTRA])
+def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
+    settle(verdicts[name])
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
+def test_device(name: str, dtype: torch.dtype) -> None:
+    check({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", EXTRA)
+def test_device_extra(name: str, dtype: torch.dtype) -> None:
+    EXTRA[name](dtype, "cuda")
+
+
+@needs_triton
+def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effkern._triton import long_conv as launcher
+
+    cpu = torch.device("cpu")
+    reason = launcher.supports(cpu, torch.float32, {})
+    assert os.environ.get("TRITON_INTERPRET") == "1" or (reason is not None and "interpreter" in reason)
+    monkeypatch.setattr(launcher, "_device_supports", lambda *request: None)
+    assert launcher.supports(cpu, torch.float32, {"positions": 4096}) is None
+    assert "4096" in str(launcher.supports(cpu, torch.float32, {"positions": 4097}))
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [256, 512, 1024, 2048, 4096])
+def test_tables_are_the_transform(size: int) -> None:
+    """Their three steps on w x, in float64 and from rounded numbers, give every frequency of the twisted FFT once."""
+    from effkern._triton import long_conv as launcher
+
+    radix, last = 16, size // 256
+    numbers = launcher._tables(size, torch.device("cpu")).double()
+    shapes = [(radix, radix), (radix, size // radix), (radix, radix), (radix, last), (radix, radix)]
+    planes = numbers.split([2 * rows * columns for rows, columns in shapes])
+    one, twist, two, late, three = (
+        torch.complex(*p.view(2, *shape)) for p, shape in zip(planes, shapes, strict=True)
+    )
+    x = torch.randn(size, dtype=torch.float64)
+    step = (one @ x.to(torch.complex128).view(radix, -1)) * twist
+    step = two @ step.mT.reshape(radix, -1)
+    if last > 1:
+        step = three @ (step * late.repeat_interleave(radix, 1)).mT.reshape(radix, -1)
+    turn = torch.arange(size, dtype=torch.float64) * (torch.pi / (2 * size))
+    wanted = torch.fft.fft(torch.polar(torch.ones_like(turn), turn) * x)
+    found = step.flatten()
+    order = (found[:, None] - wanted).abs().argmin(1)
+    assert order.unique().numel() == size
+    torch.testing.assert_close(found, wanted[order], atol=1e-5, rtol=1e-5)
+
+
+if __name__ == "__main__":
+    every = {name: partial(check, case, torch.float32, "cpu") for name, case in CASES.items()}
+    report(every | {name: partial(case, torch.float32, "cpu") for name, case in EXTRA.items()})
