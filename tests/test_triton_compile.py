@@ -354,3 +354,55 @@ def test_monarch_machine_code(case: Monarch, monkeypatch: pytest.MonkeyPatch, tm
             assert code.opcodes["LDGSTS"], f"{label} does not load ahead"
         if case in MONARCH and case.arch == 90:
             assert code.opcodes["WARPGROUP"] < code.opcodes["HGMMA"], f"{label}: wgmma is serialised"
+
+
+@dataclass(frozen=True)
+class LongConv:
+    """Calls of the long convolution's launchers, gated, with a skip or plain."""
+
+    arch: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    gated: bool = True
+
+    def __str__(self) -> str:
+        kind = f"{'causal' if self.causal else 'both'}-{'gated' if self.gated else 'plain'}"
+        return f"sm{self.arch}-{TYPES[self.dtype]}-{self.length}-{kind}"
+
+
+LONG_CONV = [
+    *(LongConv(arch, length) for arch in SHARED_LIMIT for length in (256, 1024, 4096)),
+    *(LongConv(90, length, torch.float32, causal=False) for length in (256, 512, 2048, 4096)),
+    LongConv(90, 4096, gated=False),
+    LongConv(90, 4001, torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", LONG_CONV, ids=str)
+def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing spills but a few registers of the largest backward, no atomics, several programs fit on a
+    multiprocessor, tensor cores. Tiles of 16 rows take the older products everywhere."""
+    from effkern._triton import long_conv as launcher
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
+    for name in [k for k in vars(launcher.kernels) if k.startswith("long_conv") and k.endswith("_kernel")]:
+        monkeypatch.setattr(launcher.kernels, name, Recorder(calls, getattr(launcher.kernels, name)))
+    u = torch.zeros(2, 16, case.length, dtype=case.dtype)
+    k = torch.zeros(*((16,) if case.causal else (16, 2)), case.length)
+    extra = (torch.zeros(16), u, u) if case.gated else (None, None, None)
+    launcher.long_conv(u, k, *extra, causal=case.causal)
+    launcher.long_conv_backward(u, u, k, *extra, causal=case.causal)
+    assert len(calls) == 3
+    for name, call in calls.items():
+        code = inspect(compile_call(call, case.arch), tmp_path)
+        label = f"{name} {case}"
+        report(label, code, case.arch)
+        spilled = 144 if "backward" in name and case.length > 2048 else 0
+        assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
+        assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
+        assert code.opcodes["HMMA"], f"{label} has no tensor core product"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )

@@ -21,10 +21,17 @@ MATRIX = tl.constexpr(512)  # numbers of a matrix in the tables
 
 
 @triton.jit
+def line(SIZE: tl.constexpr):
+    """0 to SIZE - 1 in 64 bits: differences then become part of the instructions that read and write, where in 32 each
+    address would take registers of its own."""
+    return tl.arange(0, SIZE).to(tl.int64)
+
+
+@triton.jit
 def matrix(source, TURNED: tl.constexpr = False):
     """Real and imaginary part of a 16 x 16 matrix, transposed when TURNED."""
-    ri = tl.arange(0, RADIX)[:, None]
-    ci = tl.arange(0, RADIX)[None, :]
+    ri = line(RADIX)[:, None]
+    ci = line(RADIX)[None, :]
     source += ci * RADIX + ri if TURNED else ri * RADIX + ci
     return tl.load(source), tl.load(source + RADIX * RADIX)
 
@@ -32,8 +39,8 @@ def matrix(source, TURNED: tl.constexpr = False):
 @triton.jit
 def planes(source, COLUMNS: tl.constexpr, EACH: tl.constexpr):
     """Real and imaginary part of (16, COLUMNS) numbers, each column EACH times."""
-    ci = tl.arange(0, COLUMNS * EACH)[None, :] // EACH
-    source += tl.arange(0, RADIX)[:, None] * COLUMNS + ci
+    ci = (tl.arange(0, COLUMNS * EACH) // EACH).to(tl.int64)[None, :]
+    source += line(RADIX)[:, None] * COLUMNS + ci
     return tl.load(source), tl.load(source + RADIX * COLUMNS)
 
 
@@ -132,10 +139,8 @@ def both_parts(s_re, s_im, tables, N: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def positions(N: tl.constexpr):
-    """(16, N/16): the position of each entry of a tile. In 64 bits, differences become part of the instructions that
-    read and write; in 32, each address takes registers of its own."""
-    rows = tl.arange(0, RADIX).to(tl.int64)[:, None]
-    return rows * (N // RADIX) + tl.arange(0, N // RADIX).to(tl.int64)[None, :]
+    """(16, N/16): the position of each entry of a tile."""
+    return line(RADIX)[:, None] * (N // RADIX) + line(N // RADIX)[None, :]
 
 
 @triton.jit
@@ -186,8 +191,8 @@ def gated(row, gate, at, n, mask, GATED: tl.constexpr):
 @triton.jit(do_not_specialize=["nothing", "batches", "rows"])
 def long_conv_forward_kernel(
         u, spectra, pre, post, out, tables, nothing, batches, rows, channels, length, history, u_batch, u_channel,
-        pre_batch, pre_channel, post_batch, post_channel, HAS_PRE: tl.constexpr,
-        HAS_POST: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+        pre_batch, pre_channel, post_batch, post_channel, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr,
+        N: tl.constexpr, PRECISION: tl.constexpr):
     """One program per (channel, `rows` sequences of the batch); spectra are those of the kernels. Inputs stand at
     positions 0 to length - 1, outputs at those from `history` on.
 
@@ -206,8 +211,8 @@ def long_conv_forward_kernel(
         tables += nothing
         spectrum += nothing
         x_re, x_im = transform(gated(inputs, pre, before, n, inside, HAS_PRE), tables, N, PRECISION)
-        y_re, y_im = times(x_re, x_im, spectrum, N)
-        y = real_part(y_re, y_im, tables + nothing, N, PRECISION)
+        x_re, x_im = times(x_re, x_im, spectrum, N)
+        y = real_part(x_re, x_im, tables + nothing, N, PRECISION)
         if HAS_POST:
             after = batch * post_batch + channel * post_channel - history
             y *= tl.load(post + after + n, mask=sent, other=0.0).to(tl.float32)
@@ -217,13 +222,13 @@ def long_conv_forward_kernel(
 
 @triton.jit(do_not_specialize=["nothing", "batches", "rows"])
 def long_conv_backward_kernel(
-        grad_out, u, spectra, pre, post, grad_u, grad_k, grad_pre, grad_post, tables, nothing, batches,
-        rows, channels, length, history, taps, grad_batch, grad_channel, u_batch, u_channel, pre_batch, pre_channel,
-        post_batch, post_channel, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr,
-        NEED_U: tl.constexpr, NEED_K: tl.constexpr, NEED_PRE: tl.constexpr,
-        NEED_POST: tl.constexpr, CAUSAL: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """One program per (channel, `rows` sequences of the batch), as forward. The gradient of k is summed over
-    those as a spectrum and written to grad_k (groups, channels, 1 or 2, taps)."""
+        grad_out, u, spectra, pre, post, grad_u, grad_k, grad_pre, grad_post, tables, nothing, batches, rows, channels,
+        length, history, taps, grad_batch, grad_channel, u_batch, u_channel, pre_batch, pre_channel, post_batch,
+        post_channel, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, NEED_U: tl.constexpr, NEED_K: tl.constexpr,
+        NEED_PRE: tl.constexpr, NEED_POST: tl.constexpr, CAUSAL: tl.constexpr, N: tl.constexpr,
+        PRECISION: tl.constexpr):
+    """One program per (channel, `rows` sequences of the batch), as forward. The gradient of k is summed over those
+    as a spectrum and written to grad_k (shares of the batch, channels, 1 or 2, taps)."""
     channel = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
     n = positions(N)
@@ -244,8 +249,8 @@ def long_conv_backward_kernel(
         if NEED_U or NEED_PRE or NEED_K:
             g_re, g_im = transform(gated(given, post, after, n, sent, HAS_POST), tables, N, PRECISION)
         if NEED_U or NEED_PRE:
-            dx_re, dx_im = times_conjugate(g_re, g_im, spectrum, N)
-            dx = real_part(dx_re, dx_im, tables + nothing, N, PRECISION)
+            s_re, s_im = times_conjugate(g_re, g_im, spectrum, N)
+            dx = real_part(s_re, s_im, tables + nothing, N, PRECISION)
             if NEED_PRE:
                 x = tl.load(inputs + n, mask=inside, other=0.0).to(tl.float32)
                 tl.store(grad_pre + target + n, (x * dx).to(grad_pre.dtype.element_ty), mask=inside)

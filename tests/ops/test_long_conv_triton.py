@@ -51,7 +51,7 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
 
 def apart(t: Tensor, layout: str) -> Tensor:
     if layout == "positions apart":
-        return t.mT.contiguous().mT
+        return t.movedim(-1, 0).contiguous().movedim(0, -1)
     if layout == "rows apart":
         return torch.nn.functional.pad(t, (2, 3))[..., 2:-3]
     return t
@@ -71,8 +71,9 @@ def check(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
             float_weights=case.get("float_weights", False),
         )
         inputs = made.map(lambda t: apart(t.to(device), case.get("layout", "plain")))
+        grad = apart(torch.randn(inputs.u.shape, dtype=torch.float64), case.get("layout", "plain"))
         with effkern.testing.nan_filled_empty():
-            check_inputs(inputs, causal=causal, backend="triton")
+            check_inputs(inputs, grad=grad, causal=causal, backend="triton")
             assert effkern.backends.last() == RAN
             if device == "cuda":
                 once, again = (
