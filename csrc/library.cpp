@@ -25,6 +25,11 @@
 #define LONG_CONV_ARGUMENTS                                                                                       \
   "Tensor u, Tensor k, Tensor? spectrum=None, Tensor? skip=None, Tensor? pre_gate=None, Tensor? post_gate=None, " \
   "int history=0, bool causal=True"
+#define LONG_CONV_FORWARD "(" LONG_CONV_ARGUMENTS ") -> Tensor"
+#define LONG_CONV_BACKWARD                                                                                          \
+  "(Tensor grad_out, " LONG_CONV_ARGUMENTS                                                                          \
+  ", bool need_u=True, bool need_k=True, bool need_skip=True, bool need_pre=True, bool need_post=True) -> (Tensor " \
+  "grad_u, Tensor grad_k, Tensor grad_skip, Tensor grad_pre, Tensor grad_post)"
 
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
@@ -48,10 +53,10 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def(
       "block_diag_matmul_backward(Tensor grad_out, Tensor x, Tensor w, bool need_x=True, bool need_w=True) -> "
       "(Tensor grad_x, Tensor grad_w)");
-  m.def("long_conv(" LONG_CONV_ARGUMENTS ") -> Tensor");
-  m.def("long_conv_backward(Tensor grad_out, " LONG_CONV_ARGUMENTS
-        ", bool need_u=True, bool need_k=True, bool need_skip=True, bool need_pre=True, bool need_post=True) -> "
-        "(Tensor grad_u, Tensor grad_k, Tensor grad_skip, Tensor grad_pre, Tensor grad_post)");
+  m.def("long_conv" LONG_CONV_FORWARD);
+  m.def("long_conv_backward" LONG_CONV_BACKWARD);
+  m.def("long_conv_triton" LONG_CONV_FORWARD);
+  m.def("long_conv_triton_backward" LONG_CONV_BACKWARD);
   m.def("long_conv_spectrum(Tensor k, int length, bool causal=True) -> Tensor");
   m.def("short_conv(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, bool silu=False) -> Tensor");
   m.def(
