@@ -252,6 +252,19 @@ def test_compiles_as_one_graph(name: str) -> None:
         torch.testing.assert_close(ours[key], wanted, rtol=1e-4, atol=1e-4)
 
 
+@every_layer
+def test_exported_for_any_length(name: str) -> None:
+    module, _ = make(name)
+    module.eval()
+    lengths = torch.export.Dim(
+        "length", min=2, max=36
+    )  # below what filters reach to, or torch's slices object
+    program = torch.export.export(module, (torch.randn(2, 20, 12),), dynamic_shapes=({1: lengths},))
+    for length in (2, 17, 36):
+        u = torch.randn(2, length, 12)
+        torch.testing.assert_close(program.module()(u), module(u), rtol=1e-4, atol=1e-4)
+
+
 def test_hyena_dropout_is_for_training() -> None:
     module = HyenaOperator(12, 50, dropout=0.5)
     u = torch.randn(SHAPE)

@@ -399,6 +399,7 @@ def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch,
         code = inspect(compile_call(call, case.arch), tmp_path)
         label = f"{name} {case}"
         report(label, code, case.arch)
+        # 16 warps spill more (208 B). 144 B of 256 threads are one more tile moved, beside some 40 exchanges of tiles.
         spilled = 144 if "backward" in name and case.length > 2048 else 0
         assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"

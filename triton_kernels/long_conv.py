@@ -32,7 +32,8 @@ class Ring(NamedTuple):
     backward: int
 
 
-# With these warps nothing spills but a few registers of the largest backward (tests/test_triton_compile.py).
+# With these warps nothing spills but a few registers of the largest backward, of which twice the warps spill more
+# (tests/test_triton_compile.py).
 _RINGS = (Ring(256, 1, 1), Ring(512, 2, 2), Ring(1024, 4, 4), Ring(2048, 4, 8), Ring(4096, 8, 8))
 MAX_LENGTH = _RINGS[-1].size
 

@@ -63,7 +63,10 @@ def smooth_kernel(k: Tensor, squash: float = 0.1, width: int = 7) -> Tensor:
 
 
 def _tile(length: int) -> tuple[int, int]:
-    """Positions l = i T + j: T, a power of two near sqrt(length), and how many i there are."""
+    """Positions l = i T + j: T, a power of two near sqrt(length), and how many i there are. A compiler, for which the
+    length may have no value, gets the same T for all."""
+    if torch.compiler.is_compiling():
+        return 64, -(-length // 64)
     tile = 1
     while tile * tile < length:
         tile *= 2

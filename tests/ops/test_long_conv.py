@@ -203,6 +203,23 @@ def test_same_bits_for_any_number_of_threads(
         assert all(torch.equal(value, found[0][name]) for name, value in other.items())
 
 
+def test_one_position_after_a_million_is_as_right_as_a_transform(isa: str) -> None:
+    """All numbers have one sign: a running sum in float32 would lose four digits."""
+    taps = 1 << 20
+    u, k = torch.rand(1, 2, taps + 1), torch.rand(2, taps)
+    out = torch.ops.effkern.long_conv(u, k, None, None, None, None, taps)
+    exact = (u[..., 1:].double() * k.double().flip(1)).sum(2, keepdim=True)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-7, atol=0.0)
+
+
+def test_few_outputs_see_no_later_input(isa: str) -> None:
+    for positions, taps in ((2, 9), (5, 100), (9, 700)):
+        u, k = torch.randn(1, 2, taps - 1 + positions), torch.randn(2, taps)
+        u[..., -1] = torch.inf
+        out = torch.ops.effkern.long_conv(u, k, None, None, None, None, taps - 1)
+        assert out[..., :-1].isfinite().all() and out[..., -1].isinf().all()
+
+
 def test_surplus_taps_count_for_nothing_at_the_dispatcher(isa: str) -> None:
     inputs = random_inputs(2, 3, 20, 50)
     k = inputs.k.clone().requires_grad_()
@@ -244,6 +261,22 @@ def test_errors_of_the_dispatcher_ops() -> None:
     ):
         with pytest.raises(RuntimeError, match=match):
             call()
+
+
+def test_too_many_positions() -> None:
+    endless = torch.zeros(1).expand(1, 1, 2**34 + 1)
+    with pytest.raises(RuntimeError, match="u may have up to 17179869184 positions, got 17179869185"):
+        torch.ops.effkern.long_conv(endless, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("name", ["pre_gate", "post_gate"])
+def test_gates_beside_a_state_are_those_of_the_part(name: str) -> None:
+    inputs = random_inputs(2, 3, 9, 4, state=True)
+    gate = torch.randn(2, 3, 8)
+    with pytest.raises(
+        RuntimeError, match=rf"{name} has shape \(2, 3, 8\), which does not fit u's \(2, 3, 9\)"
+    ):
+        effkern.long_conv(inputs.u, inputs.k, state=inputs.state, **{name: gate})
 
 
 def test_meta_tensors() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from long_conv_oracle import Inputs, random_inputs, results
@@ -63,6 +65,36 @@ def test_a_spectrum_knows_when_it_is_out_of_date() -> None:
     assert torch.equal(effkern.long_conv(u, again), effkern.long_conv(u, k))
     with pytest.raises(AttributeError):
         again.length = 17  # type: ignore[misc]
+
+
+def test_a_spectrum_knows_its_numbers_and_takes_its_kernel_along() -> None:
+    u, k = torch.randn(1, 3, 16), torch.randn(3, 16)
+    spectrum = effkern.long_conv_prepare(k, 16)
+    twin = copy.deepcopy(spectrum)
+    assert twin.k is not k and twin.data is not spectrum.data
+    k.data = torch.randn(3, 16)  # the same tensor, other memory
+    with pytest.raises(RuntimeError, match="k was changed in place after long_conv_prepare"):
+        effkern.long_conv(u, spectrum)
+    with pytest.raises(RuntimeError, match="k was changed in place after long_conv_prepare"):
+        effkern.long_conv(u, copy.deepcopy(spectrum))
+    assert torch.equal(effkern.long_conv(u, twin), effkern.long_conv(u, twin.k))
+    twin.k.add_(1)
+    with pytest.raises(RuntimeError, match="k was changed in place after long_conv_prepare"):
+        effkern.long_conv(u, twin)
+
+
+def test_the_dispatcher_op_tells_spectra_apart(isa: str) -> None:
+    op = torch.ops.effkern
+    u, k = torch.randn(2, 3, 40), torch.randn(3, 40)
+    both = torch.stack([k, k], 1)
+    for foreign in (
+        op.long_conv_spectrum(both, 40, False),
+        op.long_conv_spectrum(k[:, :33].contiguous(), 40, True),
+    ):
+        with pytest.raises(
+            RuntimeError, match="prepared for another kernel: other taps, or another value of causal"
+        ):
+            op.long_conv(u, k, foreign)
 
 
 def test_another_cpu_level_transforms_the_kernel_again() -> None:

@@ -318,6 +318,13 @@ def test_errors_of_the_backward_op() -> None:
         torch.ops.effkern.short_conv_backward(torch.randn(2, 3, 9), x, weight)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    x, weight = torch.randn(2, 3, 9, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = effkern.short_conv(x, weight)
+    assert torch.equal(out, effkern.short_conv(x, weight))
+
+
 def test_meta_tensors() -> None:
     for dtype in (torch.float32, torch.float64):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 3, 8), (3, 4)))
