@@ -40,7 +40,7 @@ def results_table(rows: Sequence[Row]) -> Table:
     for name in ("ms", "p10-p90", "host us", "extra"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("baseline", no_wrap=True)
-    for name in ("its ms", "ratio", "error", "its error", "of roof"):
+    for name in ("its ms", "its extra", "ratio", "error", "its error", "of roof"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         again = i > 0 and (row.case, row.pass_, row.path) == (
@@ -67,7 +67,8 @@ def _against(row: Row) -> list[str | Text]:
     if row.ratio is not None:
         ratio = Text(f"{row.ratio:.2f}x", style="green" if row.ratio >= 1 else "yellow")
     errors = ["" if e is None else f"{e:.1e}" for e in (row.error, row.error_baseline)]
-    return [row.baseline or "", number(row.baseline_ms), ratio, *errors, percent(row.share_of_roof)]
+    extra = size(row.baseline_peak_extra_bytes)
+    return [row.baseline or "", number(row.baseline_ms), extra, ratio, *errors, percent(row.share_of_roof)]
 
 
 def end_to_end_table(result: EndToEnd) -> Table:

@@ -59,6 +59,8 @@ class Bench:
             timings, warm = self._time(problem, passed | {name: theirs[name] for name in others})
             for name, timing in timings.items():
                 (mine if name in mine else others)[name].timing = timing
+            for name in others:
+                others[name].peak = self._peak(problem, theirs[name])
             for name, backend in zip(ours, self.wanted, strict=True):
                 if name in passed:
                     mine[name].peak = self._peak(problem, passed[name])
@@ -107,7 +109,7 @@ class Bench:
         return timings, count * problem.set_bytes() <= cache
 
     def _peak(self, problem: Problem, candidate: Baseline) -> int | None:
-        with torch.set_grad_enabled(problem.grad_out is not None):
+        with torch.set_grad_enabled(problem.grad_out is not None), candidate.context():
             return peak_extra_bytes(problem.thunk(candidate, problem.inputs), self.device)
 
     def _host(self, tiny: Case, pass_: str, backend: str | None) -> float:
@@ -155,6 +157,7 @@ class Bench:
             host_us=outcome.host_us,
             first_call_ms=verified.first_call_ms,
             warm=warm,
+            baseline_peak_extra_bytes=other.peak if other else None,
         )
         if outcome.timing is None:
             row.baseline_ms = None

@@ -36,7 +36,8 @@ class Row:
     exact one, so they compare across shapes. Times are per call. ``ratio`` is baseline_ms / median_ms: above
     one, ours is faster.
     ``share_of_roof`` is the time the binding roof alone would take over the time it took.
-    ``peak_extra_bytes`` is what the pass held beyond its inputs, its results included.
+    ``peak_extra_bytes`` is what the pass held beyond its inputs, its results included, and
+    ``baseline_peak_extra_bytes`` the same of the baseline; files written before there was one have None.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Row:
     host_us: float | None
     first_call_ms: float | None
     warm: bool
+    baseline_peak_extra_bytes: int | None = None
 
     def key(self) -> tuple[str, ...]:
         """What has to be equal for two rows of two runs to be the same measurement."""

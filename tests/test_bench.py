@@ -49,6 +49,7 @@ ROW_FIELDS = [
     "host_us",
     "first_call_ms",
     "warm",
+    "baseline_peak_extra_bytes",
 ]
 MACHINE_FIELDS = {"name", "cpu", "isa", "gpu", "driver", "torch", "triton", "cuda"}
 
@@ -71,7 +72,7 @@ def row(
             2e-7,
         ),
         *(ms, 0.97 * ms, 1.03 * ms, "sdpa-flash", baseline_ms, baseline_ms / ms, "matmul float32", 0.5),
-        *(1 << 20, 5.0, 11.0, False),
+        *(1 << 20, 5.0, 11.0, False, 3 << 20),
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
