@@ -70,7 +70,7 @@ def passes_plot(theme: Theme) -> Figure:
             "1  down the columns",
             theme.forward,
             (every_row, tile),
-            "passes down a tile of columns,\nthen every row turned to $x^{4096} = i$",
+            "passes down a tile of columns,\nthen every row turned to $x^C = i$",
             "reads u, times its gate; writes the rows",
         ),
         (

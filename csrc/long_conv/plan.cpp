@@ -14,7 +14,7 @@ namespace effkern::long_conv {
 namespace {
 
 constexpr int64_t kLargestWhole = 32768;  // a row of 256 KiB, in the second-level cache
-constexpr int64_t kColumns = 4096;        // of a larger plan: a row and its tables near the first level
+constexpr int64_t kColumns = 16384;       // of a larger plan: rows of 128 KiB, few of them beside their tables
 constexpr int64_t kTileNumbers = 2048;    // of a tile of columns: 16 KiB
 
 // Radices whose product is `count`, odd ones first. Sixteen vector registers hold a pass of radix 4 with its factors,
