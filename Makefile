@@ -39,8 +39,9 @@ $(READY): pyproject.toml Makefile
 build: $(READY)
 	@$(BIN)/python setup.py build_ext --inplace
 
+# A file stays with one process: what its tests prepare is prepared once.
 test: build
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
 
 bench: build
 	$(BIN)/effkern bench --quick $(ARGS)

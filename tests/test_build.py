@@ -259,8 +259,9 @@ def test_import_with_unusable_home() -> None:
 
 @needs_plain_build
 def test_import_is_quick(tmp_path: Path) -> None:
-    """Less than 150 ms beyond torch, in the best of some fresh processes, compiled once as an installed package is."""
-    code = "import time, torch; t = time.perf_counter(); import effkern; print(time.perf_counter() - t)"
+    """Less than 150 ms of a processor beyond torch, in the best of some fresh processes, compiled once as an installed
+    package is."""
+    code = "import time, torch; t = time.process_time(); import effkern; print(time.process_time() - t)"
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     assert min(float(python(code, **compiled)) for _ in range(4)) < 0.15
 
