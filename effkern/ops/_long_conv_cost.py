@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch import Tensor
 from effkern.ops._long_conv_spectrum import Spectrum
 
 
-def _flops(
-    batch: int, channels: int, positions: int, history: int, k: Tensor, prepared: bool, backward: bool
-) -> int:
+def op_flops(shape: Sequence[int], history: int, k: Tensor, prepared: bool, backward: bool) -> int:
+    """Of the dispatcher's op, whose u (B, H, history + L) has that shape."""
+    batch, channels, positions = shape
     kinds = k.dim() - 1  # taps that look back, and those that look ahead
     direct = 2 * batch * channels * (positions - history) * k.shape[-1] * kinds
     # Forward the input, the kernel and the product; backward input, gradient, kernel and both products.
@@ -30,7 +31,7 @@ def long_conv_flops(
     """
     prepared, taps = (True, k.k) if isinstance(k, Spectrum) else (False, k)
     history = 0 if state is None else state.shape[2]
-    return _flops(u.shape[0], u.shape[1], u.shape[2] + history, history, taps, prepared, backward)
+    return op_flops((*u.shape[:2], u.shape[2] + history), history, taps, prepared, backward)
 
 
 def long_conv_bytes(
@@ -49,19 +50,3 @@ def long_conv_bytes(
     taps = k.k if isinstance(k, Spectrum) else k
     given = sum(t.nbytes for t in (u, taps, skip, pre_gate, post_gate, state) if t is not None)
     return (2 if backward else 1) * given + u.nbytes
-
-
-def op_flops(
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    *_: Any,
-    backward: bool = False,
-    **__: Any,
-) -> int:
-    """The same, of the dispatcher's op."""
-    return _flops(u.shape[0], u.shape[1], u.shape[2], history, k, spectrum is not None, backward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from effkern.ops._long_conv_cost import op_flops
 from effkern.reference import long_conv as reference
 
 _OPS = torch.ops.effkern
-_ARGUMENTS = 8  # of the forward op
 DOUBLE_BACKWARD = "long_conv: second derivatives are only available with backend='reference'"
 
 
@@ -33,48 +32,59 @@ def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) ->
     return launcher.supports(torch.device(device), dtype, sizes)
 
 
-def _fake_forward(
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-) -> Tensor:
-    check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
-    return u.new_empty((u.shape[0], u.shape[1], u.shape[2] - history))
+class _Call(NamedTuple):
+    """The arguments of the forward op."""
+
+    u: Tensor
+    k: Tensor
+    spectrum: Tensor | None = None
+    skip: Tensor | None = None
+    pre_gate: Tensor | None = None
+    post_gate: Tensor | None = None
+    history: int = 0
+    causal: bool = True
+
+    def check(self) -> None:
+        check_convolution(self.u, self.k, *self[3:])
+
+    def without_spectrum(self) -> tuple[Any, ...]:
+        return (*self[:2], *self[3:])
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-    *needed: bool,
-    **named: bool,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape if wanted else (0,))
-        for t, wanted in _wanted((u, k, skip, pre_gate, post_gate), needed, named)
-    )
+_NEEDS = ("need_u", "need_k", "need_skip", "need_pre", "need_post")
 
 
-def _wanted(
-    arguments: tuple[Tensor | None, ...], needed: tuple[bool, ...], named: dict[str, bool]
-) -> list[tuple[Tensor, bool]]:
-    """The arguments with gradients, and whether each is wanted; one that is not there counts as an unwanted u."""
-    u = arguments[0]
-    assert u is not None
-    flags = [named.get(f"need_{name}", True) for name in ("u", "k", "skip", "pre", "post")]
-    flags[: len(needed)] = needed
-    return [(u, False) if t is None else (t, flag) for t, flag in zip(arguments, flags, strict=True)]
+class _BackwardCall(NamedTuple):
+    """The arguments of the backward op."""
+
+    grad_out: Tensor
+    call: _Call
+    needs: tuple[bool, ...]
+
+    @classmethod
+    def bind(cls, grad_out: Tensor, *args: Any, **named: Any) -> _BackwardCall:
+        count = len(_Call._fields)
+        needs = (*args[count:], *(named.pop(name, True) for name in _NEEDS[max(0, len(args) - count) :]))
+        return cls(grad_out, _Call(*args[:count], **named), needs)
+
+    def wanted(self) -> list[tuple[Tensor, bool]]:
+        """The arguments with gradients, and whether each is wanted; one that is not there counts as an unwanted u."""
+        u, k, _, *others = self.call[:6]
+        return [
+            (u, False) if t is None else (t, need)
+            for t, need in zip((u, k, *others), self.needs, strict=True)
+        ]
+
+
+def _fake_forward(*args: Any, **named: Any) -> Tensor:
+    call = _Call(*args, **named)
+    call.check()
+    return call.u.new_empty((*call.u.shape[:2], call.u.shape[2] - call.history))
+
+
+def _fake_backward(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+    bound = _BackwardCall.bind(*args, **named)
+    return tuple(t.new_empty(t.shape if wanted else (0,)) for t, wanted in bound.wanted())
 
 
 def _fake_spectrum(k: Tensor, length: int, causal: bool = True) -> Tensor:
@@ -86,30 +96,22 @@ def _fake_spectrum(k: Tensor, length: int, causal: bool = True) -> Tensor:
     return k.new_empty((k.shape[0], numbers), dtype=torch.float32)
 
 
-def _composed_forward(
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-) -> Tensor:
+def _composed_forward(*args: Any, **named: Any) -> Tensor:
     """The key CUDA of `long_conv` until the Triton kernels have run on hardware: PyTorch's FFTs."""
-    check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
+    call = _Call(*args, **named)
+    call.check()
     backends.record("long_conv:reference")
-    ready = None
+    spectrum, ready = call.spectrum, None
     if spectrum is not None:
         numbers = 2 * (spectrum.shape[1] // 2 - 1)  # of the real transform
-        fits = spectrum.shape[0] == u.shape[1] and numbers >= reference.transform_length(
-            u.shape[2], k.shape[-1]
-        )
+        enough = reference.transform_length(call.u.shape[2], call.k.shape[-1])
+        fits = spectrum.shape[0] == call.u.shape[1] and numbers >= enough
         if not fits or spectrum.dtype != torch.float32:
             raise RuntimeError(
                 "long_conv: spectrum was prepared for another kernel or for fewer positions than u has"
             )
         ready = torch.view_as_complex(spectrum.unflatten(1, (-1, 2)))
+    u, k, _, skip, pre_gate, post_gate, history, causal = call
     return reference.convolve(u, k, skip, pre_gate, post_gate, history, causal, ready)
 
 
@@ -120,21 +122,11 @@ def _composed_spectrum(k: Tensor, length: int, causal: bool = True) -> Tensor:
     return torch.view_as_real(reference.kernel_spectrum(k.float(), n, causal)).flatten(1)
 
 
-def _composed_backward(
-    grad_out: Tensor,
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-    *needed: bool,
-    **named: bool,
-) -> tuple[Tensor, ...]:
+def _composed_backward(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+    bound = _BackwardCall.bind(*args, **named)
+    grad_out, (u, k, _, skip, pre_gate, post_gate, history, causal), _ = bound
     backends.record("long_conv_backward:reference")
-    wanted = _wanted((u, k, skip, pre_gate, post_gate), needed, named)
+    wanted = bound.wanted()
     if grad_out.numel() == 0:
         return tuple(t.new_zeros(t.shape if flag else (0,)) for t, flag in wanted)
     wide = [None if t is None else t.float() for t in (grad_out, u, k, skip, pre_gate, post_gate)]
@@ -169,65 +161,55 @@ def _composed_backward(
     )
 
 
-def _triton_forward(
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-) -> Tensor:
+def _triton_forward(*args: Any, **named: Any) -> Tensor:
     """Has spectra of its own: `spectrum` goes unused, here and in the backward."""
-    check_convolution(u, k, skip, pre_gate, post_gate, history, causal)
-    backends.select("long_conv", u.device.type, u.dtype, {"positions": u.shape[2]}, "triton")
+    call = _Call(*args, **named)
+    call.check()
+    backends.select("long_conv", call.u.device.type, call.u.dtype, {"positions": call.u.shape[2]}, "triton")
     from effkern._triton import long_conv as launcher
 
     backends.record("long_conv:triton")
-    return launcher.long_conv(u, k, skip, pre_gate, post_gate, history, causal)
+    return launcher.long_conv(*call.without_spectrum())
 
 
-def _triton_backward(
-    grad_out: Tensor,
-    u: Tensor,
-    k: Tensor,
-    spectrum: Tensor | None = None,
-    skip: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    post_gate: Tensor | None = None,
-    history: int = 0,
-    causal: bool = True,
-    *needed: bool,
-    **named: bool,
-) -> tuple[Tensor, ...]:
-    backends.select("long_conv", u.device.type, u.dtype, {"positions": u.shape[2]}, "triton")
+def _triton_backward(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+    grad_out, call, needs = _BackwardCall.bind(*args, **named)
+    backends.select("long_conv", call.u.device.type, call.u.dtype, {"positions": call.u.shape[2]}, "triton")
     from effkern._triton import long_conv as launcher
 
     backends.record("long_conv_backward:triton")
-    given = grad_out, u, k, skip, pre_gate, post_gate, history, causal
-    return launcher.long_conv_backward(*given, *needed, **named)
+    return launcher.long_conv_backward(grad_out, *call.without_spectrum(), *needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.count = len(inputs)
-    given = (*inputs, *(None, None, None, None, 0, True)[len(inputs) - 2 :])
-    ctx.save_for_backward(*given[:6])
-    ctx.history, ctx.causal = given[6:]
+    call = _Call(*inputs)
+    ctx.save_for_backward(*call[:6])
+    ctx.history, ctx.causal = call[6:]
 
 
 def _gradient(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     def gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        u, k, spectrum, skip, pre_gate, post_gate = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[: ctx.count], *(False,) * (_ARGUMENTS - ctx.count))
+        needs = (*ctx.needs_input_grad[: ctx.count], *(False,) * (len(_Call._fields) - ctx.count))
         needed = [bool(needs[i]) for i in (0, 1, 3, 4, 5)]
-        grads = backward(
-            grad_out, u, k, spectrum, skip, pre_gate, post_gate, ctx.history, ctx.causal, *needed
-        )
+        grads = backward(grad_out, *ctx.saved_tensors, ctx.history, ctx.causal, *needed)
         grad_u, grad_k, *others = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return (grad_u, grad_k, None, *others, None, None)[: ctx.count]
 
     return gradient
+
+
+def _forward_flops(*args: Any, out_val: Any = None, **named: Any) -> int:
+    return _flops(_Call(*args, **named), False)
+
+
+def _backward_flops(*args: Any, out_val: Any = None, **named: Any) -> int:
+    return _flops(_BackwardCall.bind(*args, **named).call, True)
+
+
+def _flops(call: _Call, backward: bool) -> int:
+    u, k, spectrum, *_ = call
+    return op_flops(u.shape, call.history, k, spectrum is not None, backward)
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -240,8 +222,8 @@ for _op in ("long_conv", "long_conv_triton"):
     torch.library.register_fake(f"effkern::{_backward}", _fake_backward)
     register_gradient(_op, _setup_context, _gradient(getattr(_OPS, _backward)))
     torch.library.register_autograd(f"effkern::{_backward}", _refuse)
-    register_flops(_op, op_flops)
-    register_flops(_backward, lambda grad_out, *args, **named: op_flops(*args, backward=True, **named))
+    register_flops(_op, _forward_flops)
+    register_flops(_backward, _backward_flops)
 torch.library.register_fake("effkern::long_conv_spectrum", _fake_spectrum)
 register_kernel("long_conv", _composed_forward, "CUDA")
 register_kernel("long_conv_backward", _composed_backward, "CUDA")
