@@ -63,6 +63,12 @@ STABLE_TORCH_LIBRARY(effkern, m) {
       "short_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, "
       "bool silu=False, bool need_x=True, bool need_weight=True, bool need_bias=True, bool need_state=True) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_state)");
+  m.def(
+      "dkm(Tensor weight, Tensor centroids, float temperature, int iterations=3, float tolerance=0.0, int groups=1, "
+      "int dim=1) -> (Tensor clustered, Tensor trajectory, Tensor counts, Tensor steps)");
+  m.def(
+      "dkm_backward(Tensor grad_out, Tensor weight, Tensor trajectory, Tensor counts, Tensor steps, float temperature, "
+      "int groups=1, int dim=1) -> Tensor");
   m.def("companion_kernel(Tensor a, Tensor b, Tensor c, int length) -> Tensor");
   m.def(
       "companion_kernel_backward(Tensor grad_out, Tensor a, Tensor b, Tensor c, Tensor out) -> "
