@@ -22,6 +22,7 @@ from effkern.ops.attention_merge import attention_merge, lambda_attention  # noq
 from effkern.ops.butterfly_conv import butterfly_conv, butterfly_factors  # noqa: E402
 from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
 from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
+from effkern.ops.kmeans_init import kmeans_init  # noqa: E402
 from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
 from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "companion_kernel",
     "conv_accumulate",
     "convert",
+    "kmeans_init",
     "lambda_attention",
     "long_conv",
     "long_conv_prepare",
