@@ -73,4 +73,5 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def(
       "companion_kernel_backward(Tensor grad_out, Tensor a, Tensor b, Tensor c, Tensor out) -> "
       "(Tensor grad_a, Tensor grad_b, Tensor grad_c)");
+  m.def("kmeans_init(Tensor weight, int clusters, int groups=1, int dim=1, Tensor? importance=None) -> Tensor");
 }

@@ -23,10 +23,12 @@ from effkern.ops.butterfly_conv import butterfly_conv, butterfly_factors  # noqa
 from effkern.ops.companion_kernel import companion_kernel  # noqa: E402
 from effkern.ops.conv_accumulate import conv_accumulate  # noqa: E402
 from effkern.ops.dkm import dkm  # noqa: E402
+from effkern.ops.kmeans_init import kmeans_init  # noqa: E402
 from effkern.ops.long_conv import long_conv, long_conv_prepare  # noqa: E402
 from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # noqa: E402
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
+from effkern.ops.palettize import Palette, palettize  # noqa: E402
 from effkern.ops.short_conv import short_conv  # noqa: E402
 
 registry.discover()
@@ -37,6 +39,7 @@ except PackageNotFoundError:  # a source tree on the path that was never install
     __version__ = "0+source"
 
 __all__ = [
+    "Palette",
     "__version__",
     "attention",
     "attention_decode",
@@ -49,6 +52,7 @@ __all__ = [
     "conv_accumulate",
     "convert",
     "dkm",
+    "kmeans_init",
     "lambda_attention",
     "long_conv",
     "long_conv_prepare",
@@ -59,6 +63,7 @@ __all__ = [
     "monarch_project",
     "nn",
     "ops",
+    "palettize",
     "reference",
     "short_conv",
     "smooth_kernel",
