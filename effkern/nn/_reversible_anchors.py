@@ -14,6 +14,7 @@ from effkern.nn._reversible_couplings import Coupling, Dual
 def recovery_error(coupling: Coupling, errors: tuple[float, float], rounding: float) -> tuple[float, float]:
     """Errors of the two inputs of a block that is undone from outputs with `errors`, relative to states of size one.
 
+    `rounding` is twice the unit roundoff: each stream is rounded once on the way and once on the way back.
     The slopes of the sub-blocks are left out: those of trained residual branches are small against the rest.
     """
     first, second = errors
@@ -29,7 +30,7 @@ def predicted_error(alpha: float, beta: float, depth: int, dtype: torch.dtype) -
     """Error of the recovered stack input after `depth` blocks, relative to states of size one."""
     errors = (0.0, 0.0)
     for _ in range(depth):
-        errors = recovery_error(Dual(alpha, beta), errors, torch.finfo(dtype).eps / 2)
+        errors = recovery_error(Dual(alpha, beta), errors, torch.finfo(dtype).eps)
     return max(errors)
 
 
@@ -67,7 +68,7 @@ def _over_budget(
         if index in stored or not coupling.invertible:
             errors = (0.0, 0.0)
             continue
-        errors = recovery_error(coupling, errors, torch.finfo(dtype).eps / 2)
+        errors = recovery_error(coupling, errors, torch.finfo(dtype).eps)
         if isinstance(coupling, Dual) and not max(errors) <= budget:
             over[index] = max(errors)
             errors = (0.0, 0.0)

@@ -110,20 +110,24 @@ class ReversibleSequence(nn.Module):
         self.q: int | None = exact if isinstance(exact, int) else None
         self._probe = schedules.Probe()
 
+    @property
+    def _stack(self) -> list[Coupled]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
     def forward(
         self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if x2 is None:
-            first = self.blocks[0].coupling(None)
+            first = self._stack[0].coupling(None)
             scaled = isinstance(first, Dual) and isinstance(x1, Tensor)
             x2 = x1 * first.beta if scaled else x1
         check_streams(_OWNER, x1, x2)
-        parts = (part for block in self.blocks for _, part in block.parts())
+        parts = (part for block in self._stack for _, part in block.parts())
         args, kwargs = named(_OWNER, parts, args, kwargs)
         if self.exact == "auto" and self.q is None:
             self.q = self._choose_grid((x1, x2), args, kwargs)
         q = self.q
-        couplings = tuple(block.coupling(q) for block in self.blocks)
+        couplings = tuple(block.coupling(q) for block in self._stack)
         stored = self._stored(couplings, torch.promote_types(x1.dtype, x2.dtype))
         if q is not None:
             if torch.float64 in (x1.dtype, x2.dtype):
