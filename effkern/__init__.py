@@ -15,6 +15,7 @@ from effkern import _lib
 _lib.load()
 
 from effkern import backends, convert, masks, nn, ops, reference, testing  # noqa: E402
+from effkern.nn.checkpoint import checkpoint_sequence  # noqa: E402
 from effkern.ops import registry  # noqa: E402
 from effkern.ops.attention import attention  # noqa: E402
 from effkern.ops.attention_decode import attention_decode  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "block_diag_matmul",
     "butterfly_conv",
     "butterfly_factors",
+    "checkpoint_sequence",
     "companion_kernel",
     "conv_accumulate",
     "convert",
