@@ -86,8 +86,8 @@ def _composed_backward(
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     weight, _, temperature, *rest = inputs
-    _, _, groups, dim = (*rest, *(3, 0.0, 1, 1)[len(rest) :])
-    ctx.count, ctx.options = len(inputs), (temperature, groups, dim)
+    groups_and_dim = (*rest[2:], *(1, 1)[len(rest[2:]) :])
+    ctx.count, ctx.options = len(inputs), (temperature, *groups_and_dim)
     _, trajectory, counts, steps = output
     ctx.mark_non_differentiable(trajectory, counts, steps)
     ctx.save_for_backward(weight, trajectory, counts, steps)
