@@ -458,3 +458,17 @@ def test_branch_takes_only_what_it_names() -> None:
     x = two(3, WIDTH)
     condition = torch.rand(WIDTH, dtype=torch.float64)
     assert_same(net(*x, condition), stored(net.blocks, *x, condition=condition), 0)
+
+
+def test_one_tensor_into_a_dual_residual_stack_starts_the_second_stream_at_beta_x() -> None:
+    net = ReversibleSequence([DualResidualBlock(Plain(), 0.5, 0.25)]).double()
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    assert_same(net(x), net(x, 0.25 * x), 0)
+
+
+def test_the_whole_stack_under_compile() -> None:
+    net = ReversibleSequence(blocks(2), overlap=False)
+    x = two(3, WIDTH, dtype=torch.float32)
+    _, expected = gradients(net, net, x)
+    _, found = gradients(torch.compile(net, backend="aot_eager"), net, x)
+    assert_same(found, expected, 1e-6)
