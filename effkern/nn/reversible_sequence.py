@@ -119,8 +119,7 @@ class ReversibleSequence(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if x2 is None:
             first = self._stack[0].coupling(None)
-            scaled = isinstance(first, Dual) and isinstance(x1, Tensor)
-            x2 = x1 * first.beta if scaled else x1
+            x2 = x1 * first.beta if isinstance(first, Dual) and isinstance(x1, Tensor) else x1
         check_streams(_OWNER, x1, x2)
         parts = (part for block in self._stack for _, part in block.parts())
         args, kwargs = named(_OWNER, parts, args, kwargs)
