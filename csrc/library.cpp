@@ -74,4 +74,10 @@ STABLE_TORCH_LIBRARY(effkern, m) {
       "companion_kernel_backward(Tensor grad_out, Tensor a, Tensor b, Tensor c, Tensor out) -> "
       "(Tensor grad_a, Tensor grad_b, Tensor grad_c)");
   m.def("kmeans_init(Tensor weight, int clusters, int groups=1, int dim=1, Tensor? importance=None) -> Tensor");
+  m.def(
+      "palettized_linear(Tensor x, Tensor indices, Tensor lut, int bits, int groups=1, int dim=1, Tensor? bias=None, "
+      "bool wide=False) -> Tensor");
+  m.def(
+      "palettized_linear_backward(Tensor grad_out, Tensor x, Tensor indices, Tensor lut, int bits, int groups=1, "
+      "int dim=1, bool need_x=True, bool need_lut=True) -> (Tensor grad_x, Tensor grad_lut)");
 }

@@ -30,6 +30,7 @@ from effkern.ops.long_conv_kernels import smooth_kernel, vandermonde_kernel  # n
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul  # noqa: E402
 from effkern.ops.monarch_factors import monarch_chain, monarch_dense, monarch_project  # noqa: E402
 from effkern.ops.palettize import Palette, palettize  # noqa: E402
+from effkern.ops.palettized_linear import eora_factors, palettized_linear  # noqa: E402
 from effkern.ops.short_conv import short_conv  # noqa: E402
 
 registry.discover()
@@ -54,6 +55,7 @@ __all__ = [
     "conv_accumulate",
     "convert",
     "dkm",
+    "eora_factors",
     "kmeans_init",
     "lambda_attention",
     "long_conv",
@@ -66,6 +68,7 @@ __all__ = [
     "nn",
     "ops",
     "palettize",
+    "palettized_linear",
     "reference",
     "short_conv",
     "smooth_kernel",

@@ -52,9 +52,9 @@ class Palette:
         return 8 * stored / math.prod(self.shape)
 
     def to_dense(self) -> Tensor:
-        """The weight, in the dtype of the table."""
+        """The weight, in the dtype of the table, differentiable in it."""
         rows, count = _grid(self.shape, self.groups, self.dim)
-        tables = self.lut.detach().reshape(self.groups, -1, self.dim)
+        tables = self.lut.reshape(self.groups, -1, self.dim)
         each = rows // self.groups
         parts = []
         for group, packed in enumerate(self.indices.split(each)):
