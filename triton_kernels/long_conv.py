@@ -8,7 +8,6 @@ is tuned at run time. Unverified on hardware: runs and timings there are still d
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import triton
 from . import long_conv_kernels as kernels
 from .attention import architecture
 from .attention import supports as _device_supports
+from .rows import adjacent, on, steps
 
 _PROGRAMS = 528  # that fill a large GPU a few times over
 
@@ -40,7 +40,7 @@ MAX_LENGTH = _RINGS[-1].size
 
 def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     """None when the launchers take such a request, else the reason they do not; sizes: positions, where known."""
-    reason = _device_supports(device, dtype, 1, 1)
+    reason = _device_supports(device, dtype, {})
     if reason is None and sizes.get("positions", 0) > MAX_LENGTH:
         return f"triton kernels take up to {MAX_LENGTH} positions, state included, not {sizes['positions']}"
     return reason
@@ -70,16 +70,6 @@ def _tables(size: int, device: torch.device) -> torch.Tensor:
     return torch.cat([t.flatten() for t in parts]).float().to(device)
 
 
-def _adjacent(t: torch.Tensor) -> torch.Tensor:
-    """With positions that are neighbours in memory; a copy where they are not."""
-    return t if t.stride(2) == 1 or t.size(2) == 1 else t.contiguous()
-
-
-def _steps(t: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of batch and channel."""
-    return (0, 0) if t is None else (t.stride(0), t.stride(1))
-
-
 class _Problem:
     """What both launches share: sizes, arguments in the layout the kernels read, the shares of the batch."""
 
@@ -87,11 +77,11 @@ class _Problem:
         self.batches, self.channels, self.length = u.shape
         self.history, self.causal = history, causal
         self.empty = self.batches * self.channels * (self.length - history) == 0
-        self.u = _adjacent(u)
+        self.u = adjacent(u)
         self.k = k if k.stride(-1) == 1 else k.contiguous()
         self.taps = min(k.size(-1), self.length)  # further ones meet no input
         self.skip = None if skip is None else skip.contiguous()
-        self.pre, self.post = (None if t is None else _adjacent(t) for t in (pre_gate, post_gate))
+        self.pre, self.post = (None if t is None else adjacent(t) for t in (pre_gate, post_gate))
         self.on = u.device
         ring = next((r for r in _RINGS if r.size >= self.length), None)
         if ring is None:
@@ -103,9 +93,6 @@ class _Problem:
         self.tables = _tables(ring.size, self.on)
         self.common = {"N": ring.size, "PRECISION": "tf32x3" if architecture(self.on) else "ieee", "num_stages": 1}
 
-    def device(self):
-        return torch.cuda.device(self.on) if self.on.type == "cuda" else contextlib.nullcontext()
-
     def spectra(self):
         """(channels, real and imaginary part, positions), in the order of the kernels."""
         spectra = torch.empty((self.channels, 2, self.ring.size), dtype=torch.float32, device=self.on)
@@ -115,13 +102,13 @@ class _Problem:
             num_warps=self.ring.forward, **self.common)
         return spectra
 
-    def launch(self, kernel, tensors, steps, flags, warps):
+    def launch(self, kernel, tensors, own, flags, warps):
         """Runs a kernel; `tensors` are those before and after the ones that both kernels take."""
         before, after = tensors
         kernel[(self.channels, self.groups)](
             *before, self.u, self.spectra(), self.pre, self.post, *after, self.tables, 0, self.batches,
-            self.rows, self.channels, self.length, self.history, *steps, *_steps(self.u), *_steps(self.pre),
-            *_steps(self.post), HAS_PRE=self.pre is not None, HAS_POST=self.post is not None, **flags,
+            self.rows, self.channels, self.length, self.history, *own, *steps(self.u), *steps(self.pre),
+            *steps(self.post), HAS_PRE=self.pre is not None, HAS_POST=self.post is not None, **flags,
             num_warps=warps, **self.common)
 
 
@@ -130,7 +117,7 @@ def long_conv(u, k, skip=None, pre_gate=None, post_gate=None, history=0, causal=
     problem = _Problem(u, k, skip, pre_gate, post_gate, history, causal)
     out = torch.empty((*u.shape[:2], problem.length - history), dtype=u.dtype, device=u.device)
     if not problem.empty:
-        with problem.device():
+        with on(u.device):
             problem.launch(kernels.long_conv_forward_kernel, ((), (out,)), (), {}, problem.ring.forward)
     return out
 
@@ -149,12 +136,12 @@ def long_conv_backward(grad_out, u, k, skip=None, pre_gate=None, post_gate=None,
         return tuple(grads)
     sums_shape = (problem.groups, problem.channels, 1 if causal else 2, problem.taps)
     sums = torch.empty(sums_shape, dtype=torch.float32, device=u.device)
-    sent = _adjacent(grad_out)
+    sent = adjacent(grad_out)
     # The gradient of skip is that of the tap at lag 0.
     flags = {"NEED_U": needs[0], "NEED_K": needs[1] or needs[2], "NEED_PRE": needs[3], "NEED_POST": needs[4]}
-    with problem.device():
+    with on(u.device):
         problem.launch(kernels.long_conv_backward_kernel, ((sent,), (grads[0], sums, *grads[3:])),
-                       (problem.taps, *_steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
+                       (problem.taps, *steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
     if needs[1] or needs[2]:
         sums = sums.sum(0)
     if needs[1]:

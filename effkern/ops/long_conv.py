@@ -14,6 +14,7 @@ from effkern.ops._dispatch import (
     refuse_all_but_fast,
     refuse_all_but_floating,
     refuse_forward_mode,
+    triton_refusal,
     without_autocast,
 )
 from effkern.ops._long_conv_checks import (
@@ -24,7 +25,7 @@ from effkern.ops._long_conv_checks import (
     check_parts,
 )
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
-from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, triton_refusal
+from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD
 from effkern.ops._long_conv_samples import bad_samples, calls, samples
 from effkern.ops._long_conv_spectrum import Spectrum
 from effkern.reference import long_conv as reference
@@ -189,7 +190,9 @@ registry.register(
         ),
         backends=(
             registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
-            registry.Backend("triton", (), triton_refusal, note="unverified on hardware", automatic=False),
+            registry.Backend(
+                "triton", (), triton_refusal("long_conv"), note="unverified on hardware", automatic=False
+            ),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),
