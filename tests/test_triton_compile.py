@@ -412,6 +412,45 @@ def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch,
         )
 
 
+LONG_CONV_PASSES = [
+    *(LongConv(arch, length) for arch in SHARED_LIMIT for length in (8192, 1 << 20)),
+    LongConv(90, 1 << 17, torch.float32, causal=False),
+    LongConv(90, 30_001, torch.float32, causal=False, gated=False),
+]
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("case", LONG_CONV_PASSES, ids=str)
+def test_long_conv_passes_machine_code(
+    case: LongConv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the kernels of a single ring; of the backward along rows of 4096 some registers spill, most on 10.0."""
+    from effkern._triton import long_conv as launcher
+    from effkern._triton import long_conv_passes as passes
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
+    for name in [k for k in vars(passes.kernels) if k.startswith("long_conv") and k.endswith("_kernel")]:
+        monkeypatch.setattr(passes.kernels, name, Each(calls, getattr(passes.kernels, name)))
+    u = torch.zeros(2, 1, case.length, dtype=case.dtype)
+    k = torch.zeros(*((1,) if case.causal else (1, 2)), case.length)
+    extra = (torch.zeros(1), u, u) if case.gated else (None, None, None)
+    launcher.long_conv(u, k, *extra, causal=case.causal)
+    launcher.long_conv_backward(u, u, k, *extra, causal=case.causal)
+    assert len({call[0] for call in calls.values()}) == 7
+    for name, call in calls.items():
+        code = inspect(compile_call(call, case.arch), tmp_path)
+        label = f"{name} {case}"
+        report(label, code, case.arch)
+        spilled = 80 if "rows_backward" in name and case.length > 1 << 19 else 0
+        assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
+        assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
+        assert code.opcodes["HMMA"], f"{label} has no tensor core product"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )
+
+
 @dataclass(frozen=True)
 class ShortConv:
     """Calls of the short convolution's launchers, with everything that can be left out or without."""

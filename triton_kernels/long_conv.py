@@ -2,14 +2,14 @@
 
 Kernels are transformed first, one program each. Then a program takes a channel and its share of the batch, a row after
 the other, each from input to output within the chip; the backward sums the gradient of a kernel over them as a
-spectrum. The ring is the smallest of `_RINGS` that holds the input; it and the shares depend on shapes alone, nothing
-is tuned at run time. Unverified on hardware: runs and timings there are still due.
+spectrum. Longer inputs take three passes (`long_conv_passes`). The ring is the smallest of `_RINGS`, alone or times a
+number of columns, that holds the input; it and the shares depend on shapes alone, nothing is tuned at run time.
+Unverified on hardware: runs and timings there are still due.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import triton
 from . import long_conv_kernels as kernels
 from .attention import architecture
 from .attention import supports as _device_supports
+from .long_conv_passes import COLUMN_SIZES, Passes, roots
 from .rows import adjacent, on, steps
 
 _PROGRAMS = 528  # that fill a large GPU a few times over
@@ -35,7 +36,7 @@ class Ring(NamedTuple):
 # With these warps nothing spills but a few registers of the largest backward, of which twice the warps spill more
 # (tests/test_triton_compile.py).
 _RINGS = (Ring(256, 1, 1), Ring(512, 2, 2), Ring(1024, 4, 4), Ring(2048, 4, 8), Ring(4096, 8, 8))
-MAX_LENGTH = _RINGS[-1].size
+MAX_LENGTH = COLUMN_SIZES[-1] * _RINGS[-1].size
 
 
 def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
@@ -46,12 +47,6 @@ def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int])
     return reason
 
 
-def _roots(turns: torch.Tensor, of: int) -> torch.Tensor:
-    """Real and imaginary part of exp(-2 pi i turns / of), from exact whole turns."""
-    angle = (turns % of).double() * (-2 * math.pi / of)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
 @functools.cache
 def _tables(size: int, device: torch.device) -> torch.Tensor:
     """What `long_conv_kernels` calls tables. The twist w takes a quarter turn along all positions, against the sense of
@@ -60,14 +55,23 @@ def _tables(size: int, device: torch.device) -> torch.Tensor:
     p = torch.arange(radix, device="cpu")[:, None]
     rows, columns, short = p.mT, torch.arange(size // radix, device="cpu"), torch.arange(last, device="cpu")
     parts = [
-        _roots(4 * p * rows - rows, 4 * radix),
-        _roots(4 * p * columns - columns, 4 * size),
-        _roots(p * rows, radix),
-        _roots(p * short, size // radix),
+        roots(4 * p * rows - rows, 4 * radix),
+        roots(4 * p * columns - columns, 4 * size),
+        roots(p * rows, radix),
+        roots(p * short, size // radix),
         torch.stack([f.kron(torch.eye(radix // last, device="cpu").double())
-                     for f in _roots(short[:, None] * short, last)]),
+                     for f in roots(short[:, None] * short, last)]),
     ]
     return torch.cat([t.flatten() for t in parts]).float().to(device)
+
+
+def ring_of(length: int) -> tuple[int, Ring]:
+    """The smallest that holds so many positions: its columns and the ring of its rows."""
+    for columns in (1, *COLUMN_SIZES):
+        for ring in _RINGS:
+            if columns * ring.size >= length:
+                return columns, ring
+    raise ValueError(f"long_conv: triton kernels take up to {MAX_LENGTH} positions, got {length}")
 
 
 class _Problem:
@@ -83,15 +87,13 @@ class _Problem:
         self.skip = None if skip is None else skip.contiguous()
         self.pre, self.post = (None if t is None else adjacent(t) for t in (pre_gate, post_gate))
         self.on = u.device
-        ring = next((r for r in _RINGS if r.size >= self.length), None)
-        if ring is None:
-            raise ValueError(f"long_conv: triton kernels take up to {MAX_LENGTH} positions, got {self.length}")
-        self.ring = ring
+        self.columns, self.ring = ring_of(self.length)
         groups = min(self.batches, triton.cdiv(_PROGRAMS, max(self.channels, 1)))
         self.rows = triton.cdiv(self.batches, max(groups, 1))
         self.groups = triton.cdiv(self.batches, max(self.rows, 1))
-        self.tables = _tables(ring.size, self.on)
-        self.common = {"N": ring.size, "PRECISION": "tf32x3" if architecture(self.on) else "ieee", "num_stages": 1}
+        self.tables = _tables(self.ring.size, self.on)
+        precision = "tf32x3" if architecture(self.on) else "ieee"
+        self.common = {"N": self.ring.size, "PRECISION": precision, "num_stages": 1}
 
     def spectra(self):
         """(channels, real and imaginary part, positions), in the order of the kernels."""
@@ -118,7 +120,10 @@ def long_conv(u, k, skip=None, pre_gate=None, post_gate=None, history=0, causal=
     out = torch.empty((*u.shape[:2], problem.length - history), dtype=u.dtype, device=u.device)
     if not problem.empty:
         with on(u.device):
-            problem.launch(kernels.long_conv_forward_kernel, ((), (out,)), (), {}, problem.ring.forward)
+            if problem.columns > 1:
+                Passes(problem).forward(out)
+            else:
+                problem.launch(kernels.long_conv_forward_kernel, ((), (out,)), (), {}, problem.ring.forward)
     return out
 
 
@@ -134,14 +139,18 @@ def long_conv_backward(grad_out, u, k, skip=None, pre_gate=None, post_gate=None,
     grads = [make(t.shape if need else (0,), dtype=t.dtype, device=u.device) for t, need in zip(like, needs)]
     if problem.empty or not any(needs):
         return tuple(grads)
-    sums_shape = (problem.groups, problem.channels, 1 if causal else 2, problem.taps)
+    sums_shape = (1 if problem.columns > 1 else problem.groups, problem.channels, 1 if causal else 2, problem.taps)
     sums = torch.empty(sums_shape, dtype=torch.float32, device=u.device)
     sent = adjacent(grad_out)
     # The gradient of skip is that of the tap at lag 0.
     flags = {"NEED_U": needs[0], "NEED_K": needs[1] or needs[2], "NEED_PRE": needs[3], "NEED_POST": needs[4]}
     with on(u.device):
-        problem.launch(kernels.long_conv_backward_kernel, ((sent,), (grads[0], sums, *grads[3:])),
-                       (problem.taps, *steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
+        if problem.columns > 1:
+            wanted = zip((grads[0], sums[0], grads[3], grads[4]), flags.values())
+            Passes(problem).backward(sent, *(t if need else None for t, need in wanted))
+        else:
+            problem.launch(kernels.long_conv_backward_kernel, ((sent,), (grads[0], sums, *grads[3:])),
+                           (problem.taps, *steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
     if needs[1] or needs[2]:
         sums = sums.sum(0)
     if needs[1]:

@@ -82,7 +82,7 @@ def long_conv(
         causal: whether an output depends on its own and earlier inputs only.
         state: (B, H, Lk - 1), u's dtype: the gated inputs before u. Causal convolutions only.
         return_state: whether the state after u is returned too. Without `state` the input starts here, after zeros.
-        backend: "cpu", "triton" (up to 4096 positions, state included; transforms k anew even where it is prepared) or
+        backend: "cpu", "triton" (up to 2^20 positions, state included; transforms k anew even where it is prepared) or
             "reference"; None leaves the choice to `effkern.backends`.
 
     Returns:
