@@ -31,6 +31,13 @@
   ", bool need_u=True, bool need_k=True, bool need_skip=True, bool need_pre=True, bool need_post=True) -> (Tensor " \
   "grad_u, Tensor grad_k, Tensor grad_skip, Tensor grad_pre, Tensor grad_post)"
 
+#define SHORT_CONV_ARGUMENTS "Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, bool silu=False"
+#define SHORT_CONV_FORWARD "(" SHORT_CONV_ARGUMENTS ") -> Tensor"
+#define SHORT_CONV_BACKWARD                                                                                          \
+  "(Tensor grad_out, " SHORT_CONV_ARGUMENTS                                                                          \
+  ", bool need_x=True, bool need_weight=True, bool need_bias=True, bool need_state=True) -> (Tensor grad_x, Tensor " \
+  "grad_weight, Tensor grad_bias, Tensor grad_state)"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
   m.def("attention_backward" ATTENTION_BACKWARD);
@@ -58,11 +65,10 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("long_conv_triton" LONG_CONV_FORWARD);
   m.def("long_conv_triton_backward" LONG_CONV_BACKWARD);
   m.def("long_conv_spectrum(Tensor k, int length, bool causal=True) -> Tensor");
-  m.def("short_conv(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, bool silu=False) -> Tensor");
-  m.def(
-      "short_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None, "
-      "bool silu=False, bool need_x=True, bool need_weight=True, bool need_bias=True, bool need_state=True) -> "
-      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_state)");
+  m.def("short_conv" SHORT_CONV_FORWARD);
+  m.def("short_conv_backward" SHORT_CONV_BACKWARD);
+  m.def("short_conv_triton" SHORT_CONV_FORWARD);
+  m.def("short_conv_triton_backward" SHORT_CONV_BACKWARD);
   m.def(
       "dkm(Tensor weight, Tensor centroids, float temperature, int iterations=3, float tolerance=0.0, int groups=1, "
       "int dim=1) -> (Tensor clustered, Tensor trajectory, Tensor counts, Tensor steps)");

@@ -86,6 +86,16 @@ class Recorder:
         return launch
 
 
+class Each(Recorder):
+    """Keeps every different launch, where one kernel serves several steps."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.calls[f"{self.kernel.__name__} {sorted(options.items())}"] = (self.kernel, args, options)
+
+        return launch
+
+
 def record(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Kernel name -> what the launchers launch on a machine of the case's architecture."""
     from effkern._triton import attention as launcher
@@ -310,13 +320,6 @@ def record_monarch(case: Monarch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     calls: dict[str, Any] = {}
 
-    class Each(Recorder):
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, **options: Any) -> None:
-                self.calls[f"{self.kernel.__name__} {sorted(options.items())}"] = (self.kernel, args, options)
-
-            return launch
-
     monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
     for name in [k for k in vars(launcher.kernels) if k.startswith("monarch") and k.endswith("_kernel")]:
         monkeypatch.setattr(launcher.kernels, name, Each(calls, getattr(launcher.kernels, name)))
@@ -404,6 +407,96 @@ def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch,
         assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
         assert code.opcodes["HMMA"], f"{label} has no tensor core product"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )
+
+
+LONG_CONV_PASSES = [
+    *(LongConv(arch, length) for arch in SHARED_LIMIT for length in (8192, 1 << 20)),
+    LongConv(90, 1 << 17, torch.float32, causal=False),
+    LongConv(90, 30_001, torch.float32, causal=False, gated=False),
+]
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("case", LONG_CONV_PASSES, ids=str)
+def test_long_conv_passes_machine_code(
+    case: LongConv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the kernels of a single ring; of the backward along rows of 4096 some registers spill, most on 10.0."""
+    from effkern._triton import long_conv as launcher
+    from effkern._triton import long_conv_passes as passes
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
+    for name in [k for k in vars(passes.kernels) if k.startswith("long_conv") and k.endswith("_kernel")]:
+        monkeypatch.setattr(passes.kernels, name, Each(calls, getattr(passes.kernels, name)))
+    u = torch.zeros(2, 1, case.length, dtype=case.dtype)
+    k = torch.zeros(*((1,) if case.causal else (1, 2)), case.length)
+    extra = (torch.zeros(1), u, u) if case.gated else (None, None, None)
+    launcher.long_conv(u, k, *extra, causal=case.causal)
+    launcher.long_conv_backward(u, u, k, *extra, causal=case.causal)
+    assert len({call[0] for call in calls.values()}) == 7
+    for name, call in calls.items():
+        code = inspect(compile_call(call, case.arch), tmp_path)
+        label = f"{name} {case}"
+        report(label, code, case.arch)
+        spilled = 80 if "rows_backward" in name and case.length > 1 << 19 else 0
+        assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
+        assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
+        assert code.opcodes["HMMA"], f"{label} has no tensor core product"
+        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
+            f"{label} has atomics"
+        )
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """Calls of the short convolution's launchers, with everything that can be left out or without."""
+
+    arch: int
+    shape: tuple[int, int, int, int] = (2, 64, 2048, 4)  # (B, H, L, W)
+    dtype: torch.dtype = torch.bfloat16
+    full: bool = True
+
+    def __str__(self) -> str:
+        batch, channels, length, taps = self.shape
+        kind = "full" if self.full else "plain"
+        return f"sm{self.arch}-{TYPES[self.dtype]}-{batch}x{channels}x{length}-{taps}-{kind}"
+
+
+SHORT_CONV = [
+    *(ShortConv(arch) for arch in SHARED_LIMIT),
+    ShortConv(90, full=False),
+    ShortConv(90, dtype=torch.float32),
+    ShortConv(90, (3, 700, 1, 4)),
+    ShortConv(90, (2, 5, 3001, 256), torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", SHORT_CONV, ids=str)
+def test_short_conv_machine_code(case: ShortConv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing spills, no atomics, hardly any shared memory."""
+    from effkern._triton import short_conv as launcher
+
+    calls: dict[str, Any] = {}
+
+    for name in [k for k in vars(launcher.kernels) if k.startswith("short_conv") and k.endswith("_kernel")]:
+        monkeypatch.setattr(launcher.kernels, name, Each(calls, getattr(launcher.kernels, name)))
+    batch, channels, length, taps = case.shape
+    x = torch.zeros(batch, channels, length, dtype=case.dtype)
+    weight = torch.zeros(channels, taps)
+    extra = (torch.zeros(channels), torch.zeros(batch, channels, taps - 1)) if case.full else (None, None)
+    launcher.short_conv(x, weight, *extra, silu=case.full)
+    launcher.short_conv_backward(x, x, weight, *extra, silu=case.full)
+    assert len(calls) == (4 if case.full else 3)
+    for name, call in calls.items():
+        code = inspect(compile_call(call, case.arch), tmp_path)
+        label = f"{name} {case}"
+        report(label, code, case.arch)
+        assert code.stack == 0 and code.local == 0, f"{label} spills: {code.stack} B"
+        assert code.shared <= 4096, f"{label} takes {code.shared} B of shared memory"
         assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
             f"{label} has atomics"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -38,8 +39,9 @@ def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def supports(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """None when the launchers take such a request, else the reason they do not."""
+def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    """None when the launchers take such a request, else the reason they do not; sizes: head and value dimension, where
+    there are any."""
     if device.type == "cpu" and not knobs.runtime.interpret:
         return "triton runs on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
@@ -49,6 +51,7 @@ def supports(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim:
     allowed = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
     if dtype not in allowed:
         return f"triton kernels take {', '.join(str(d)[6:] for d in allowed)} on {device.type}, not {str(dtype)[6:]}"
+    head_dim, value_dim = sizes.get("head_dim", 1), sizes.get("value_dim", 1)
     if not (1 <= head_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM):
         return f"triton kernels take head dimensions 1 to {MAX_DIM}, not {head_dim} and {value_dim}"
     return None

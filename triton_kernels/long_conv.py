@@ -2,15 +2,14 @@
 
 Kernels are transformed first, one program each. Then a program takes a channel and its share of the batch, a row after
 the other, each from input to output within the chip; the backward sums the gradient of a kernel over them as a
-spectrum. The ring is the smallest of `_RINGS` that holds the input; it and the shares depend on shapes alone, nothing
-is tuned at run time. Unverified on hardware: runs and timings there are still due.
+spectrum. Longer inputs take three passes (`long_conv_passes`). The ring is the smallest of `_RINGS`, alone or times a
+number of columns, that holds the input; it and the shares depend on shapes alone, nothing is tuned at run time.
+Unverified on hardware: runs and timings there are still due.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,6 +19,8 @@ import triton
 from . import long_conv_kernels as kernels
 from .attention import architecture
 from .attention import supports as _device_supports
+from .long_conv_passes import COLUMN_SIZES, Passes, roots
+from .rows import adjacent, on, steps
 
 _PROGRAMS = 528  # that fill a large GPU a few times over
 
@@ -35,21 +36,15 @@ class Ring(NamedTuple):
 # With these warps nothing spills but a few registers of the largest backward, of which twice the warps spill more
 # (tests/test_triton_compile.py).
 _RINGS = (Ring(256, 1, 1), Ring(512, 2, 2), Ring(1024, 4, 4), Ring(2048, 4, 8), Ring(4096, 8, 8))
-MAX_LENGTH = _RINGS[-1].size
+MAX_LENGTH = COLUMN_SIZES[-1] * _RINGS[-1].size
 
 
 def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     """None when the launchers take such a request, else the reason they do not; sizes: positions, where known."""
-    reason = _device_supports(device, dtype, 1, 1)
+    reason = _device_supports(device, dtype, {})
     if reason is None and sizes.get("positions", 0) > MAX_LENGTH:
         return f"triton kernels take up to {MAX_LENGTH} positions, state included, not {sizes['positions']}"
     return reason
-
-
-def _roots(turns: torch.Tensor, of: int) -> torch.Tensor:
-    """Real and imaginary part of exp(-2 pi i turns / of), from exact whole turns."""
-    angle = (turns % of).double() * (-2 * math.pi / of)
-    return torch.stack([angle.cos(), angle.sin()])
 
 
 @functools.cache
@@ -60,24 +55,23 @@ def _tables(size: int, device: torch.device) -> torch.Tensor:
     p = torch.arange(radix, device="cpu")[:, None]
     rows, columns, short = p.mT, torch.arange(size // radix, device="cpu"), torch.arange(last, device="cpu")
     parts = [
-        _roots(4 * p * rows - rows, 4 * radix),
-        _roots(4 * p * columns - columns, 4 * size),
-        _roots(p * rows, radix),
-        _roots(p * short, size // radix),
+        roots(4 * p * rows - rows, 4 * radix),
+        roots(4 * p * columns - columns, 4 * size),
+        roots(p * rows, radix),
+        roots(p * short, size // radix),
         torch.stack([f.kron(torch.eye(radix // last, device="cpu").double())
-                     for f in _roots(short[:, None] * short, last)]),
+                     for f in roots(short[:, None] * short, last)]),
     ]
     return torch.cat([t.flatten() for t in parts]).float().to(device)
 
 
-def _adjacent(t: torch.Tensor) -> torch.Tensor:
-    """With positions that are neighbours in memory; a copy where they are not."""
-    return t if t.stride(2) == 1 or t.size(2) == 1 else t.contiguous()
-
-
-def _steps(t: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of batch and channel."""
-    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+def ring_of(length: int) -> tuple[int, Ring]:
+    """The smallest that holds so many positions: its columns and the ring of its rows."""
+    for columns in (1, *COLUMN_SIZES):
+        for ring in _RINGS:
+            if columns * ring.size >= length:
+                return columns, ring
+    raise ValueError(f"long_conv: triton kernels take up to {MAX_LENGTH} positions, got {length}")
 
 
 class _Problem:
@@ -87,24 +81,19 @@ class _Problem:
         self.batches, self.channels, self.length = u.shape
         self.history, self.causal = history, causal
         self.empty = self.batches * self.channels * (self.length - history) == 0
-        self.u = _adjacent(u)
+        self.u = adjacent(u)
         self.k = k if k.stride(-1) == 1 else k.contiguous()
         self.taps = min(k.size(-1), self.length)  # further ones meet no input
         self.skip = None if skip is None else skip.contiguous()
-        self.pre, self.post = (None if t is None else _adjacent(t) for t in (pre_gate, post_gate))
+        self.pre, self.post = (None if t is None else adjacent(t) for t in (pre_gate, post_gate))
         self.on = u.device
-        ring = next((r for r in _RINGS if r.size >= self.length), None)
-        if ring is None:
-            raise ValueError(f"long_conv: triton kernels take up to {MAX_LENGTH} positions, got {self.length}")
-        self.ring = ring
+        self.columns, self.ring = ring_of(self.length)
         groups = min(self.batches, triton.cdiv(_PROGRAMS, max(self.channels, 1)))
         self.rows = triton.cdiv(self.batches, max(groups, 1))
         self.groups = triton.cdiv(self.batches, max(self.rows, 1))
-        self.tables = _tables(ring.size, self.on)
-        self.common = {"N": ring.size, "PRECISION": "tf32x3" if architecture(self.on) else "ieee", "num_stages": 1}
-
-    def device(self):
-        return torch.cuda.device(self.on) if self.on.type == "cuda" else contextlib.nullcontext()
+        self.tables = _tables(self.ring.size, self.on)
+        precision = "tf32x3" if architecture(self.on) else "ieee"
+        self.common = {"N": self.ring.size, "PRECISION": precision, "num_stages": 1}
 
     def spectra(self):
         """(channels, real and imaginary part, positions), in the order of the kernels."""
@@ -115,13 +104,13 @@ class _Problem:
             num_warps=self.ring.forward, **self.common)
         return spectra
 
-    def launch(self, kernel, tensors, steps, flags, warps):
+    def launch(self, kernel, tensors, own, flags, warps):
         """Runs a kernel; `tensors` are those before and after the ones that both kernels take."""
         before, after = tensors
         kernel[(self.channels, self.groups)](
             *before, self.u, self.spectra(), self.pre, self.post, *after, self.tables, 0, self.batches,
-            self.rows, self.channels, self.length, self.history, *steps, *_steps(self.u), *_steps(self.pre),
-            *_steps(self.post), HAS_PRE=self.pre is not None, HAS_POST=self.post is not None, **flags,
+            self.rows, self.channels, self.length, self.history, *own, *steps(self.u), *steps(self.pre),
+            *steps(self.post), HAS_PRE=self.pre is not None, HAS_POST=self.post is not None, **flags,
             num_warps=warps, **self.common)
 
 
@@ -130,8 +119,11 @@ def long_conv(u, k, skip=None, pre_gate=None, post_gate=None, history=0, causal=
     problem = _Problem(u, k, skip, pre_gate, post_gate, history, causal)
     out = torch.empty((*u.shape[:2], problem.length - history), dtype=u.dtype, device=u.device)
     if not problem.empty:
-        with problem.device():
-            problem.launch(kernels.long_conv_forward_kernel, ((), (out,)), (), {}, problem.ring.forward)
+        with on(u.device):
+            if problem.columns > 1:
+                Passes(problem).forward(out)
+            else:
+                problem.launch(kernels.long_conv_forward_kernel, ((), (out,)), (), {}, problem.ring.forward)
     return out
 
 
@@ -147,14 +139,18 @@ def long_conv_backward(grad_out, u, k, skip=None, pre_gate=None, post_gate=None,
     grads = [make(t.shape if need else (0,), dtype=t.dtype, device=u.device) for t, need in zip(like, needs)]
     if problem.empty or not any(needs):
         return tuple(grads)
-    sums_shape = (problem.groups, problem.channels, 1 if causal else 2, problem.taps)
+    sums_shape = (1 if problem.columns > 1 else problem.groups, problem.channels, 1 if causal else 2, problem.taps)
     sums = torch.empty(sums_shape, dtype=torch.float32, device=u.device)
-    sent = _adjacent(grad_out)
+    sent = adjacent(grad_out)
     # The gradient of skip is that of the tap at lag 0.
     flags = {"NEED_U": needs[0], "NEED_K": needs[1] or needs[2], "NEED_PRE": needs[3], "NEED_POST": needs[4]}
-    with problem.device():
-        problem.launch(kernels.long_conv_backward_kernel, ((sent,), (grads[0], sums, *grads[3:])),
-                       (problem.taps, *_steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
+    with on(u.device):
+        if problem.columns > 1:
+            wanted = zip((grads[0], sums[0], grads[3], grads[4]), flags.values())
+            Passes(problem).backward(sent, *(t if need else None for t, need in wanted))
+        else:
+            problem.launch(kernels.long_conv_backward_kernel, ((sent,), (grads[0], sums, *grads[3:])),
+                           (problem.taps, *steps(sent)), {**flags, "CAUSAL": causal}, problem.ring.backward)
     if needs[1] or needs[2]:
         sums = sums.sum(0)
     if needs[1]:

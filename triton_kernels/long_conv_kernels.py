@@ -37,11 +37,12 @@ def matrix(source, TURNED: tl.constexpr = False):
 
 
 @triton.jit
-def planes(source, COLUMNS: tl.constexpr, EACH: tl.constexpr):
-    """Real and imaginary part of (16, COLUMNS) numbers, each column EACH times."""
+def planes(source, COLUMNS: tl.constexpr, EACH: tl.constexpr, APART: tl.constexpr = 0):
+    """Real and imaginary part of (16, COLUMNS) numbers, each column EACH times. The imaginary part follows, or is APART
+    behind."""
     ci = (tl.arange(0, COLUMNS * EACH) // EACH).to(tl.int64)[None, :]
     source += line(RADIX)[:, None] * COLUMNS + ci
-    return tl.load(source), tl.load(source + RADIX * COLUMNS)
+    return tl.load(source), tl.load(source + (APART if APART else RADIX * COLUMNS))
 
 
 @triton.jit
@@ -144,38 +145,47 @@ def positions(N: tl.constexpr):
 
 
 @triton.jit
+def kernel_taps(k, skip, n, taps, k_row, HAS_SKIP: tl.constexpr, CAUSAL: tl.constexpr, N: tl.constexpr):
+    """Real and imaginary part of a kernel on the ring, at positions n. Taps that look ahead stand k_row after the
+    others; skip is one more tap at lag 0."""
+    re = tl.load(k + n, mask=n < taps, other=0.0).to(tl.float32)
+    im = tl.zeros_like(re)
+    if HAS_SKIP:
+        re += tl.where(n == 0, tl.load(skip).to(tl.float32), 0.0)
+    if not CAUSAL:
+        re += tl.load(k + k_row + n, mask=n == 0, other=0.0).to(tl.float32)
+        im -= tl.load(k + k_row + N - n, mask=N - n < taps, other=0.0).to(tl.float32)
+    return re, im
+
+
+@triton.jit
 def long_conv_spectrum_kernel(k, skip, spectra, tables, taps, k_channel, k_row, HAS_SKIP: tl.constexpr,
                               CAUSAL: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """1/N of the spectrum of each kernel, (channels, real and imaginary part, 16, N/16): one program per channel. Taps
-    that look ahead stand k_row after the others; skip is one more tap at lag 0."""
+    """1/N of the spectrum of each kernel, (channels, real and imaginary part, 16, N/16): one program per channel."""
     channel = tl.program_id(0).to(tl.int64)
     n = positions(N)
-    row = k + channel * k_channel
-    past = tl.load(row + n, mask=n < taps, other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        past += tl.where(n == 0, tl.load(skip + channel).to(tl.float32), 0.0)
+    re, im = kernel_taps(k + channel * k_channel, skip + channel if HAS_SKIP else skip, n, taps, k_row, HAS_SKIP,
+                         CAUSAL, N)
     if CAUSAL:
-        re, im = transform(past, tables, N, PRECISION)
+        re, im = transform(re, tables, N, PRECISION)
     else:
-        past += tl.load(row + k_row + n, mask=n == 0, other=0.0).to(tl.float32)
-        ahead = tl.load(row + k_row + N - n, mask=N - n < taps, other=0.0).to(tl.float32)
-        re, im = transform_complex(past, -ahead, tables, N, PRECISION)
+        re, im = transform_complex(re, im, tables, N, PRECISION)
     target = spectra + channel * (2 * N) + n
     tl.store(target, re * (1.0 / N))
     tl.store(target + N, im * (1.0 / N))
 
 
 @triton.jit
-def times(re, im, spectra, N: tl.constexpr):
+def times(re, im, spectra, N: tl.constexpr, APART: tl.constexpr = 0):
     """Product with the spectrum of a kernel."""
-    k_re, k_im = planes(spectra, N // RADIX, 1)
+    k_re, k_im = planes(spectra, N // RADIX, 1, APART)
     return re * k_re - im * k_im, re * k_im + im * k_re
 
 
 @triton.jit
-def times_conjugate(re, im, spectra, N: tl.constexpr):
+def times_conjugate(re, im, spectra, N: tl.constexpr, APART: tl.constexpr = 0):
     """Product with the conjugate of the spectrum of a kernel."""
-    k_re, k_im = planes(spectra, N // RADIX, 1)
+    k_re, k_im = planes(spectra, N // RADIX, 1, APART)
     return re * k_re + im * k_im, im * k_re - re * k_im
 
 

@@ -9,7 +9,6 @@ hardware: runs and timings there are still due.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from . import monarch_kernels as kernels
 from .attention import architecture
 from .attention import supports as _device_supports
 from .attention_tables import padded, precision
+from .rows import on
 
 _STAGED_BYTES = 32 << 20  # of the middle in a forward chunk: what the L2 cache of a data-centre GPU holds with the rest
 _BACKWARD_BYTES = 64 << 20  # of the largest of the three workspaces of a backward chunk
@@ -63,7 +63,7 @@ _TABLE = {
 
 def supports(device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     """None when the launchers take such a request, else the reason they do not; sizes p q r s k l, where known."""
-    reason = _device_supports(device, dtype, 1, 1)
+    reason = _device_supports(device, dtype, {})
     if reason is not None:
         return reason
     for one, other in (("q", "p"), ("s", "r")):
@@ -93,9 +93,6 @@ class _Problem:
         self.tokens = self.x.size(0)
         self.arch = architecture(x.device)
         self.precision = precision(self.arch, x.dtype)
-
-    def device(self):
-        return torch.cuda.device(self.on) if self.on.type == "cuda" else contextlib.nullcontext()
 
     def vacant(self) -> bool:
         """Whether every sum is empty."""
@@ -226,7 +223,7 @@ def monarch_matmul(x, w1, w2, bias=None, l_major=False, *, fused=None):
     if problem.vacant():
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     rows = out.view(problem.tokens, -1)
-    with problem.device():
+    with on(problem.on):
         if problem.fused_moves_less(l_major) if fused is None else fused:
             problem.fused(bias, rows, l_major)
         else:
@@ -255,7 +252,7 @@ def monarch_matmul_backward(grad_out, x, w1, w2, l_major=False, need_x=True, nee
     sums1 = problem.sums(problem.w1, longest) if need_w1 else None
     sums2 = problem.sums(problem.w2, longest) if need_w2 else None
     rows = grad_x.view(problem.tokens, -1) if need_x else None
-    with problem.device():
+    with on(problem.on):
         for begin, end in chunks:
             x_part, count, first = problem.x[begin:end], end - begin, begin == 0
             g, g_steps = problem.unshuffle(grad_out[begin:end], l_major)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,13 @@ from effkern.ops import _attention_gradient as gradient
 from effkern.ops._attention_checks import MAX_HEAD_DIM, check_arguments, check_offsets
 from effkern.ops._attention_cost import backward_formula, forward_formula
 from effkern.ops._attention_options import Options, check_options
-from effkern.ops._dispatch import FAST_DTYPES, register_autocast, register_flops, register_kernel
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    register_autocast,
+    register_flops,
+    register_kernel,
+    triton_refusal,
+)
 from effkern.reference import attention as reference
 
 _OPS = torch.ops.effkern
@@ -32,14 +37,6 @@ def cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> st
     if not (1 <= sizes["head_dim"] <= MAX_HEAD_DIM and 1 <= sizes["value_dim"] <= MAX_HEAD_DIM):
         return f"head dims go from 1 to {MAX_HEAD_DIM}, got {sizes['head_dim']} and {sizes['value_dim']}"
     return None
-
-
-def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    from effkern._triton import attention as launcher
-
-    return launcher.supports(torch.device(device), dtype, sizes["head_dim"], sizes["value_dim"])
 
 
 def cuda_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
@@ -158,7 +155,7 @@ def _cuda_backward(
     saved = grad_out, grad_lse, q, k, v, out, lse
     o, bias_grad = _backward_options(options, named)
     request = q.device.type, q.dtype, sizes(q, v, o.extended())
-    if backends.forced() != "reference" and triton_refusal(*request) is None:
+    if backends.forced() != "reference" and triton_refusal("attention")(*request) is None:
         return _triton_backward(*saved, *o, bias_grad)
     backends.record("attention_backward:reference")
     return reference.attention_backward(*saved, bias_grad=bias_grad, **o.keywords())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -38,6 +40,18 @@ def refuse_all_but_fast(device: str, dtype: torch.dtype, sizes: Mapping[str, int
 def refuse_all_but_floating(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     """The same for a reference, which takes every floating dtype."""
     return None if dtype.is_floating_point else f"it takes floating dtypes, not {dtype}"
+
+
+def triton_refusal(module: str) -> Callable[[str, torch.dtype, Mapping[str, int]], str | None]:
+    """The same for the Triton launchers of effkern._triton.`module`, which is imported at the first question."""
+
+    def refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        launcher = importlib.import_module(f"effkern._triton.{module}")
+        return launcher.supports(torch.device(device), dtype, sizes)
+
+    return refusal
 
 
 def register_kernel(op: str, kernel: Callable[..., Any], *keys: str) -> None:

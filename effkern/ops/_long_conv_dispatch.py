@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +21,6 @@ from effkern.reference import long_conv as reference
 
 _OPS = torch.ops.effkern
 DOUBLE_BACKWARD = "long_conv: second derivatives are only available with backend='reference'"
-
-
-def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    from effkern._triton import long_conv as launcher
-
-    return launcher.supports(torch.device(device), dtype, sizes)
 
 
 class _Call(NamedTuple):

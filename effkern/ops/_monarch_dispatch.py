@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,14 +29,6 @@ def cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> st
     if dtype in FAST_DTYPES or dtype == torch.complex64:
         return None
     return f"it takes float32, bfloat16, float16 and complex64, not {dtype_name(dtype)}"
-
-
-def triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    from effkern._triton import monarch as launcher
-
-    return launcher.supports(torch.device(device), dtype, sizes)
 
 
 def reference_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:

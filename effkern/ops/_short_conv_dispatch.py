@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,17 +144,49 @@ def _composed_backward(
     return found[0], found[1], found[2], found[3]
 
 
+def _triton_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    check_short_conv(x, weight, bias, state)
+    backends.select("short_conv", x.device.type, x.dtype, {}, "triton")
+    from effkern._triton import short_conv as launcher
+
+    backends.record("short_conv:triton")
+    return launcher.short_conv(x, weight, bias, state, silu)
+
+
+def _triton_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    silu: bool = False,
+    *needed: bool,
+    **named: bool,
+) -> Gradients:
+    check_short_conv(x, weight, bias, state)
+    backends.select("short_conv", x.device.type, x.dtype, {}, "triton")
+    from effkern._triton import short_conv as launcher
+
+    backends.record("short_conv_backward:triton")
+    return launcher.short_conv_backward(grad_out, x, weight, bias, state, silu, *needed, **named)
+
+
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.count = len(inputs)
     ctx.silu = len(inputs) > 4 and inputs[4]
     ctx.save_for_backward(*(*inputs[:4], None, None)[:4])
 
 
-def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    needed = [bool(n) for n in (*ctx.needs_input_grad[: min(4, ctx.count)], False, False)[:4]]
-    grads = _OPS.short_conv_backward(grad_out, *ctx.saved_tensors, ctx.silu, *needed)
-    found = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
-    return (*found, None)[: ctx.count]
+def _gradient(backward: Callable[..., Gradients]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [bool(n) for n in (*ctx.needs_input_grad[: min(4, ctx.count)], False, False)[:4]]
+        grads = backward(grad_out, *ctx.saved_tensors, ctx.silu, *needed)
+        found = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
+        return (*found, None)[: ctx.count]
+
+    return gradient
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -173,12 +206,16 @@ def _flops_backward(
     return short_conv_flops(x, weight, activation="silu" if silu else None, backward=True)
 
 
-torch.library.register_fake("effkern::short_conv", _fake_forward)
-torch.library.register_fake("effkern::short_conv_backward", _fake_backward)
-register_gradient("short_conv", _context, _gradient)
-torch.library.register_autograd("effkern::short_conv_backward", _refuse)
-register_autocast("short_conv", 3)  # a state keeps its dtype
-register_flops("short_conv", lambda x, weight, *_, **__: short_conv_flops(x, weight))
-register_flops("short_conv_backward", _flops_backward)
+for _op in ("short_conv", "short_conv_triton"):
+    _backward = f"{_op}_backward"
+    torch.library.register_fake(f"effkern::{_op}", _fake_forward)
+    torch.library.register_fake(f"effkern::{_backward}", _fake_backward)
+    register_gradient(_op, _context, _gradient(getattr(_OPS, _backward)))
+    torch.library.register_autograd(f"effkern::{_backward}", _refuse)
+    register_autocast(_op, 3)  # a state keeps its dtype
+    register_flops(_op, lambda x, weight, *_, **__: short_conv_flops(x, weight))
+    register_flops(_backward, _flops_backward)
 register_kernel("short_conv", _composed_forward, "CUDA")
 register_kernel("short_conv_backward", _composed_backward, "CUDA")
+register_kernel("short_conv_triton", _triton_forward, "CPU", "CUDA")
+register_kernel("short_conv_triton_backward", _triton_backward, "CPU", "CUDA")

@@ -20,12 +20,17 @@ from effkern.ops._attention_dispatch import (
     cuda_refusal,
     run_reference,
     sizes,
-    triton_refusal,
 )
 from effkern.ops._attention_gradient import DOUBLE_BACKWARD
 from effkern.ops._attention_options import Options, collect
 from effkern.ops._attention_samples import bad_samples, calls, samples
-from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_all_but_floating, refuse_forward_mode
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    autocast_dtype,
+    refuse_all_but_floating,
+    refuse_forward_mode,
+    triton_refusal,
+)
 from effkern.reference import attention as reference
 
 __all__ = ["attention", "attention_bytes", "attention_flops"]
@@ -261,7 +266,7 @@ registry.register(
         backends=(
             registry.Backend("cpu", ("cpu",), cpu_refusal),
             registry.Backend("cuda", ("cuda",), cuda_refusal, note="unverified on hardware", automatic=False),
-            registry.Backend("triton", (), triton_refusal, note="unverified on hardware"),
+            registry.Backend("triton", (), triton_refusal("attention"), note="unverified on hardware"),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from effkern.ops._dispatch import (
     register_autocast,
     register_flops,
     register_kernel,
+    triton_refusal,
 )
 from effkern.reference import attention_decode as reference
 
@@ -321,14 +321,6 @@ def _cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> s
     return None
 
 
-def _triton_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    from effkern._triton import attention_decode as launcher
-
-    return launcher.supports(torch.device(device), dtype, sizes["head_dim"], sizes["value_dim"])
-
-
 for _op in ("attention_decode", "attention_decode_triton"):
     torch.library.register_fake(f"effkern::{_op}", _fake)
     register_autocast(_op, 3)
@@ -350,7 +342,7 @@ registry.register(
         schemas=("attention_decode", "attention_decode_triton"),
         backends=(
             registry.Backend("cpu", ("cpu",), _cpu_refusal),
-            registry.Backend("triton", (), _triton_refusal, note="unverified on hardware"),
+            registry.Backend("triton", (), triton_refusal("attention_decode"), note="unverified on hardware"),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

@@ -14,6 +14,7 @@ from effkern.ops._dispatch import (
     refuse_all_but_fast,
     refuse_all_but_floating,
     refuse_forward_mode,
+    triton_refusal,
     without_autocast,
 )
 from effkern.ops._long_conv_checks import (
@@ -24,7 +25,7 @@ from effkern.ops._long_conv_checks import (
     check_parts,
 )
 from effkern.ops._long_conv_cost import long_conv_bytes, long_conv_flops
-from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD, triton_refusal
+from effkern.ops._long_conv_dispatch import DOUBLE_BACKWARD
 from effkern.ops._long_conv_samples import bad_samples, calls, samples
 from effkern.ops._long_conv_spectrum import Spectrum
 from effkern.reference import long_conv as reference
@@ -81,7 +82,7 @@ def long_conv(
         causal: whether an output depends on its own and earlier inputs only.
         state: (B, H, Lk - 1), u's dtype: the gated inputs before u. Causal convolutions only.
         return_state: whether the state after u is returned too. Without `state` the input starts here, after zeros.
-        backend: "cpu", "triton" (up to 4096 positions, state included; transforms k anew even where it is prepared) or
+        backend: "cpu", "triton" (up to 2^20 positions, state included; transforms k anew even where it is prepared) or
             "reference"; None leaves the choice to `effkern.backends`.
 
     Returns:
@@ -189,7 +190,9 @@ registry.register(
         ),
         backends=(
             registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
-            registry.Backend("triton", (), triton_refusal, note="unverified on hardware", automatic=False),
+            registry.Backend(
+                "triton", (), triton_refusal("long_conv"), note="unverified on hardware", automatic=False
+            ),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

@@ -10,7 +10,13 @@ from torch import Tensor
 from effkern import backends
 from effkern.ops import _monarch_complex as planes
 from effkern.ops import registry
-from effkern.ops._dispatch import FAST_DTYPES, autocast_dtype, refuse_forward_mode, without_autocast
+from effkern.ops._dispatch import (
+    FAST_DTYPES,
+    autocast_dtype,
+    refuse_forward_mode,
+    triton_refusal,
+    without_autocast,
+)
 from effkern.ops._monarch_checks import check_block_diag, check_kinds, check_monarch
 from effkern.ops._monarch_dispatch import (
     ORDERS,
@@ -21,7 +27,6 @@ from effkern.ops._monarch_dispatch import (
     monarch_flops,
     reference_refusal,
     refuse_twice,
-    triton_refusal,
 )
 from effkern.ops._monarch_samples import (
     bad_samples,
@@ -221,7 +226,9 @@ registry.register(
         ),
         backends=(
             registry.Backend("cpu", ("cpu",), cpu_refusal),
-            registry.Backend("triton", (), triton_refusal, note="unverified on hardware", automatic=False),
+            registry.Backend(
+                "triton", (), triton_refusal("monarch"), note="unverified on hardware", automatic=False
+            ),
             registry.Backend("reference", (), reference_refusal, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

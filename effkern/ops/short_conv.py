@@ -15,6 +15,7 @@ from effkern.ops._dispatch import (
     refuse_all_but_fast,
     refuse_all_but_floating,
     refuse_forward_mode,
+    triton_refusal,
     without_autocast,
 )
 from effkern.ops._short_conv_checks import check_kinds, check_short_conv
@@ -42,7 +43,7 @@ def _kernel(x: Tensor, asked: str | None) -> Any:
     if name == "reference":
         return None
     backends.select("short_conv", x.device.type, x.dtype, {}, name)
-    return _OPS.short_conv.default
+    return _OPS.short_conv_triton.default if name == "triton" else _OPS.short_conv.default
 
 
 @overload
@@ -105,7 +106,7 @@ def short_conv(
         activation: None, or "silu", x sigmoid(x), of the sum.
         state: (B, H, W-1), x's dtype or float32: the last W-1 inputs before x. None means zeros.
         return_state: whether to return the state for the inputs that follow x.
-        backend: "cpu" or "reference"; None leaves the choice to `effkern.backends`.
+        backend: "cpu", "triton" or "reference"; None leaves the choice to `effkern.backends`.
 
     Returns:
         out (B, H, L), contiguous, in x's dtype; with `return_state` the pair (out, state), state (B, H, W-1) in the
@@ -156,9 +157,12 @@ registry.register(
         family="long_conv",
         public=short_conv,
         reference=reference.short_conv,
-        schemas=("short_conv", "short_conv_backward"),
+        schemas=("short_conv", "short_conv_backward", "short_conv_triton", "short_conv_triton_backward"),
         backends=(
             registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend(
+                "triton", (), triton_refusal("short_conv"), note="unverified on hardware", automatic=False
+            ),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

@@ -252,12 +252,16 @@ def test_device_extra(name: str, dtype: torch.dtype) -> None:
 def test_supports_names_the_reason() -> None:
     from effkern._triton import attention as launcher
 
-    reason = launcher.supports(torch.device("cpu"), torch.float32, 64, 64)
+    reason = launcher.supports(torch.device("cpu"), torch.float32, {"head_dim": 64, "value_dim": 64})
     assert os.environ.get("TRITON_INTERPRET") == "1" or (reason is not None and "interpreter" in reason)
     if torch.cuda.is_available():
-        assert launcher.supports(torch.device("cuda"), torch.bfloat16, 64, 64) is None
-        assert "256" in str(launcher.supports(torch.device("cuda"), torch.bfloat16, 257, 64))
-        assert "float64" in str(launcher.supports(torch.device("cuda"), torch.float64, 64, 64))
+        assert (
+            launcher.supports(torch.device("cuda"), torch.bfloat16, {"head_dim": 64, "value_dim": 64}) is None
+        )
+        assert "256" in str(
+            launcher.supports(torch.device("cuda"), torch.bfloat16, {"head_dim": 257, "value_dim": 64})
+        )
+        assert "float64" in str(launcher.supports(torch.device("cuda"), torch.float64, {}))
 
 
 if __name__ == "__main__":

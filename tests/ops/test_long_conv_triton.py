@@ -24,6 +24,8 @@ import effkern
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAN = "long_conv_backward:triton"
 
+VARIANTS = list(product((True, False), repeat=2))  # causal or not, with gates and skip or without
+
 # Shapes are (B, H, L, Lk).
 CASES: dict[str, dict[str, Any]] = {
     "one position": dict(shape=(1, 1, 1, 1)),
@@ -34,6 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ring of 1024": dict(shape=(2, 1, 1024, 1024)),
     "ring of 2048": dict(shape=(1, 1, 1999, 1500)),
     "largest ring": dict(shape=(1, 2, 4096, 4096)),
+    "three passes": dict(shape=(2, 1, 8192, 8192), variants=VARIANTS[::3]),
+    "three passes, not to the end": dict(shape=(1, 2, 9000, 4097), variants=VARIANTS[1:3]),
+    "three passes, few taps": dict(shape=(2, 1, 300, 5), ring=(16, 256), variants=VARIANTS[1:3]),
+    "three passes, largest rows": dict(shape=(1, 1, 65536, 65536), variants=VARIANTS[:1]),
     "no batch": dict(shape=(0, 2, 20, 20)),
     "no channels": dict(shape=(2, 0, 20, 20)),
     "no positions": dict(shape=(2, 2, 0, 20)),
@@ -45,6 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
 DEVICE_CASES: dict[str, dict[str, Any]] = {
     "many channels": dict(shape=(3, 700, 1000, 1000)),
     "large batch": dict(shape=(530, 2, 513, 100)),
+    "three passes, 256 columns": dict(shape=(2, 2, 70_001, 70_001)),
+    "three passes, many of both": dict(shape=(9, 130, 16384, 16384)),
+    "three passes, 512K": dict(shape=(2, 3, 500_000, 500_000)),
+    "three passes, 1M": dict(shape=(2, 2, 1 << 20, 1 << 20)),
     "many of both": dict(shape=(9, 130, 4096, 4096)),
 }
 
@@ -57,11 +67,30 @@ def apart(t: Tensor, layout: str) -> Tensor:
     return t
 
 
+@contextmanager
+def settings(**values: Any) -> Iterator[None]:
+    """Names of the launchers' modules set to other values. `ring=(columns, row)`: what every length takes."""
+    from effkern._triton import long_conv as launcher
+    from effkern._triton import long_conv_passes as passes
+
+    if "ring" in values:
+        columns, row = values.pop("ring")
+        (ring,) = (r for r in launcher._RINGS if r.size == row)
+        values["ring_of"] = lambda length: (columns, ring)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            modules = [m for m in (launcher, passes) if hasattr(m, name)]
+            assert modules
+            for module in modules:
+                patch.setattr(module, name, value)
+        yield
+
+
 def check(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     """Output and every gradient against the oracle, with and without gates and skip, both directions; on the GPU twice,
     for equal bits."""
     torch.manual_seed(0)
-    for causal, full in product((True, False), repeat=2):
+    for causal, full in case.get("variants", VARIANTS):
         made = random_inputs(
             *case["shape"],
             dtype,
@@ -72,7 +101,8 @@ def check(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
         )
         inputs = made.map(lambda t: apart(t.to(device), case.get("layout", "plain")))
         grad = apart(torch.randn(inputs.u.shape, dtype=torch.float64), case.get("layout", "plain"))
-        with effkern.testing.nan_filled_empty():
+        ring = {"ring": case["ring"]} if "ring" in case else {}
+        with effkern.testing.nan_filled_empty(), settings(**ring):
             check_inputs(inputs, grad=grad, causal=causal, backend="triton")
             assert effkern.backends.last() == RAN
             if device == "cuda":
@@ -90,6 +120,57 @@ def check_parts(dtype: torch.dtype, device: str) -> None:
         check_inputs(inputs, cuts, backend="triton")
         check_inputs(inputs, cuts, prepared=300 + taps, backend="triton")
         assert effkern.backends.last() == RAN
+
+
+def check_parts_in_passes(dtype: torch.dtype, device: str) -> None:
+    with settings(ring=(16, 256)):
+        inputs = random_inputs(1, 1, 300, 17, dtype, skip=True, gates=True, state=True)
+        check_inputs(inputs.map(lambda t: t.to(device)), (250,), backend="triton")
+
+
+def check_groups(dtype: torch.dtype, device: str) -> None:
+    """Three passes over single channels and sequences. On the GPU the bits are those of all at once, gradients of
+    kernels included, since one sequence is added after the other either way."""
+    inputs = random_inputs(2, 2, 300, 300, dtype, skip=True, gates=True).map(lambda t: t.to(device))
+    with settings(ring=(16, 256)), effkern.testing.nan_filled_empty():
+        with settings(_BYTES=5 * 8 * 16 * 256):
+            check_inputs(inputs, backend="triton")
+            grouped = results(effkern.long_conv, inputs, backend="triton") if device == "cuda" else {}
+        whole = results(effkern.long_conv, inputs, backend="triton") if device == "cuda" else {}
+    assert all(torch.equal(value, whole[name]) for name, value in grouped.items())
+
+
+def check_columns(dtype: torch.dtype, device: str) -> None:
+    """First pass of 256 columns: rows as their formula in float64 has them; third: 256 times what went in."""
+    from effkern._triton import long_conv as launcher
+    from effkern._triton.long_conv_passes import Passes
+
+    size = row = 256
+    u = torch.randn(1, 1, 60_000, device=device)
+    with settings(ring=(size, row)):
+        passes = Passes(launcher._Problem(u, u[0], None, None, None, 0, True))
+    found = passes.down(u, None, 0)
+    p, r = torch.arange(size).double()[:, None], torch.arange(row).double()
+    wave = torch.polar(torch.ones(size, size).double(), 2 * torch.pi * (0.25 - p) * p.mT / size)
+    turn = 2 * torch.pi * ((0.25 - p) / size - 0.25) * r / row
+    line = torch.nn.functional.pad(u[0, 0].cpu().double(), (0, size * row - 60_000)).view(size, row)
+    wanted = (wave @ line.to(wave)) * torch.polar(torch.ones_like(turn), turn)
+    torch.testing.assert_close(
+        found[0, 0].cpu().double(), torch.view_as_real(wanted).movedim(-1, 0), atol=1e-4, rtol=0
+    )
+    out = torch.empty_like(u)
+    passes.up(found, 0, out, None)
+    torch.testing.assert_close(out, size * u, atol=1e-3, rtol=0)
+
+
+def check_nan_in_passes(dtype: torch.dtype, device: str) -> None:
+    with settings(ring=(16, 256)):
+        check_nan(dtype, device)
+
+
+def check_needs_in_passes(dtype: torch.dtype, device: str) -> None:
+    with settings(ring=(16, 256)):
+        check_needs(dtype, device)
 
 
 def check_surplus_taps(dtype: torch.dtype, device: str) -> None:
@@ -121,25 +202,13 @@ def check_needs(dtype: torch.dtype, device: str) -> None:
                 assert found.shape == (0,)
 
 
-@contextmanager
-def programs(count: int) -> Iterator[None]:
-    """As if a GPU were full with so few programs: each then has several rows."""
-    from effkern._triton import long_conv as launcher
-
-    before = launcher._PROGRAMS
-    launcher._PROGRAMS = count
-    try:
-        yield
-    finally:
-        launcher._PROGRAMS = before
-
-
 def check_shares(dtype: torch.dtype, device: str) -> None:
-    """Shares of the batch, the last one smaller: an output row is the same in any, gradients add up."""
+    """Shares of the batch, as if a GPU were full with so few programs, the last one smaller: an output row is the same
+    in any, gradients add up."""
     inputs = random_inputs(7, 2, 40, 40, dtype, skip=True, gates=True).map(lambda t: t.to(device))
     alone = results(effkern.long_conv, inputs, backend="triton")
     for count in (1, 4, 6):
-        with programs(count):
+        with settings(_PROGRAMS=count):
             check_inputs(inputs, backend="triton")
             shared = results(effkern.long_conv, inputs, backend="triton")
         for name, value in shared.items():
@@ -153,7 +222,7 @@ def check_nan(dtype: torch.dtype, device: str) -> None:
     u = inputs.u.clone()
     u[1, 2, 17] = torch.nan
     spoiled = Inputs(u, inputs.k, inputs.skip, inputs.pre_gate, inputs.post_gate)
-    with programs(4):
+    with settings(_PROGRAMS=4):
         clean, dirty = (results(effkern.long_conv, i, backend="triton") for i in (inputs, spoiled))
     row = torch.zeros(3, 4, dtype=torch.bool, device=device)
     row[1, 2] = True
@@ -166,24 +235,32 @@ def check_nan(dtype: torch.dtype, device: str) -> None:
 
 def check_refusal(dtype: torch.dtype, device: str) -> None:
     """Inputs that no ring holds, their state included, are refused by name, forward and backward."""
-    u, k = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 1, 4097), (1, 2)))
+    u, k = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 1, (1 << 20) + 1), (1, 2)))
     backward = torch.ops.effkern.long_conv_triton_backward
     for call in (
         lambda: effkern.long_conv(u, k, backend="triton"),
         lambda: effkern.long_conv(u[..., 1:], k, state=u[..., :1], backend="triton"),
         lambda: backward(u, u, k),
     ):
-        with pytest.raises(effkern.backends.Unavailable, match=r"up to 4096 positions.* not 4097"):
+        with pytest.raises(effkern.backends.Unavailable, match=r"up to 1048576 positions.* not 1048577"):
             call()
 
 
 EXTRA = {
     "in parts": check_parts,
+    "in parts, three passes": check_parts_in_passes,
+    "groups": check_groups,
+    "256 columns": check_columns,
     "surplus taps": check_surplus_taps,
     "needs": check_needs,
     "shares of the batch": check_shares,
     "nan": check_nan,
     "refusal": check_refusal,
+}
+# What takes the interpreter too long.
+DEVICE_EXTRA = {
+    "needs, three passes": check_needs_in_passes,
+    "nan, three passes": check_nan_in_passes,
 }
 
 
@@ -207,9 +284,9 @@ def test_device(name: str, dtype: torch.dtype) -> None:
 
 @needs_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("name", [*EXTRA, *DEVICE_EXTRA])
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
-    EXTRA[name](dtype, "cuda")
+    {**EXTRA, **DEVICE_EXTRA}[name](dtype, "cuda")
 
 
 @needs_triton
@@ -220,8 +297,41 @@ def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = launcher.supports(cpu, torch.float32, {})
     assert os.environ.get("TRITON_INTERPRET") == "1" or (reason is not None and "interpreter" in reason)
     monkeypatch.setattr(launcher, "_device_supports", lambda *request: None)
-    assert launcher.supports(cpu, torch.float32, {"positions": 4096}) is None
-    assert "4096" in str(launcher.supports(cpu, torch.float32, {"positions": 4097}))
+    assert launcher.supports(cpu, torch.float32, {"positions": 1 << 20}) is None
+    assert "1048576" in str(launcher.supports(cpu, torch.float32, {"positions": (1 << 20) + 1}))
+
+
+@needs_triton
+def test_rings_are_the_smallest_powers_of_two() -> None:
+    from effkern._triton import long_conv as launcher
+
+    for exponent in range(8, 21):
+        for length in (2**exponent, 2**exponent - 1, 2 ** (exponent - 1) + 1):
+            columns, ring = launcher.ring_of(length)
+            assert columns * ring.size == 2**exponent and (columns == 1) == (exponent <= 12)
+
+
+@needs_triton
+@pytest.mark.parametrize(("columns", "row"), [(16, 512), (16, 4096), (256, 512), (256, 4096)])
+def test_groups_stay_within_their_memory(columns: int, row: int) -> None:
+    """And cover every channel and sequence once."""
+    from types import SimpleNamespace
+
+    from effkern._triton import long_conv_passes as launcher
+
+    passes = launcher.Passes.__new__(launcher.Passes)
+    passes.size, passes.row = columns, row
+    for batches, channels, buffers in ((1, 1, 1), (1, 5000, 2), (70_000, 3, 1), (64, 768, 2)):
+        passes.problem = SimpleNamespace(batches=batches, channels=channels)
+        seen, sequences = 0, 0
+        for group, cuts in passes.groups(buffers):
+            assert group.start == seen and [c.stop for c in cuts[:-1]] == [c.start for c in cuts[1:]]
+            most = max(c.stop - c.start for c in cuts)
+            assert (most + 1) * (group.stop - group.start) * buffers * 8 * columns * row <= launcher._BYTES
+            assert (group.stop - group.start) * most < 65536  # programs along the second axis of a grid
+            seen, sequences = group.stop, cuts[-1].stop
+            assert cuts[0].start == 0 and sequences == batches
+        assert seen == channels
 
 
 @needs_triton
