@@ -76,7 +76,7 @@ def _unpack_rows(packed: Tensor, count: int, bits: int) -> Tensor:
     blocks = count // (LANES * fields)
     lanes = -(-(count - blocks * LANES * fields) // fields)
     octets = packed.view(rows, -1, 4).long()
-    words = sum(octets[..., i] << 8 * i for i in range(4))
+    words: Tensor = sum((octets[..., i] << 8 * i for i in range(4)), torch.zeros_like(octets[..., 0]))
     split = blocks * per_lane * LANES
     parts = [
         _to_fields(words[:, :split].view(rows, blocks, per_lane, LANES), bits),
@@ -88,9 +88,10 @@ def _unpack_rows(packed: Tensor, count: int, bits: int) -> Tensor:
 def _to_words(fields: Tensor, bits: int) -> Tensor:
     """(rows, blocks, fields, lanes) to (rows, blocks, words, lanes), words as int64."""
     each = 32 // bits
-    words = []
+    words: list[Tensor] = []
+    zero = torch.zeros_like(fields[:, :, 0])
     for first in range(0, each * words_of(bits), each):
-        words.append(sum(fields[:, :, first + i] << bits * i for i in range(each)))  # noqa: PERF401
+        words.append(sum((fields[:, :, first + i] << bits * i for i in range(each)), zero))  # noqa: PERF401
     if bits == 3:
         last, other = fields[:, :, 30], fields[:, :, 31]
         words[0] = words[0] | (last & 3) << 30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,8 +125,9 @@ def _flatten(palette: Palette) -> tuple[list[Tensor], tuple[tuple[int, ...], int
     return [palette.indices, palette.lut], (palette.shape, palette.bits, palette.groups, palette.dim)
 
 
-def _unflatten(tensors: list[Tensor], context: tuple[tuple[int, ...], int, int, int]) -> Palette:
-    return Palette(*tensors, *context)
+def _unflatten(tensors: Iterable[Tensor], context: tuple[tuple[int, ...], int, int, int]) -> Palette:
+    indices, lut = tensors
+    return Palette(indices, lut, *context)
 
 
 # Transformations of PyTorch then reach the two tensors.
@@ -223,7 +224,7 @@ def _reading(weight: Tensor, centroids: Tensor, groups: int | None, dim: int | N
     if len(shape) == 1:
         found = 1, shape[0], 1
     elif len(shape) == 3:
-        found = shape
+        found = shape[0], shape[1], shape[2]
     elif groups is None and dim is None:
         tables = weight.shape[0] % shape[0] == 0
         vectors = shape[1] in DIMS[1:] and weight.shape[-1] % shape[1] == 0
@@ -231,9 +232,10 @@ def _reading(weight: Tensor, centroids: Tensor, groups: int | None, dim: int | N
             not (tables and vectors),
             f"centroids {shape} could be (groups, k) or (k, dim): give groups or dim",
         )
-        found = (1, *shape) if vectors else (*shape, 1)
+        found = (1, shape[0], shape[1]) if vectors else (shape[0], shape[1], 1)
     else:
-        found = (1, *shape) if groups == 1 or (dim or 1) > 1 else (*shape, 1)
+        vectors = groups == 1 or (dim or 1) > 1
+        found = (1, shape[0], shape[1]) if vectors else (shape[0], shape[1], 1)
     fits = groups in (None, found[0]) and dim in (None, found[2])
     need(fits, f"centroids has shape {shape}, which does not fit groups {groups} and dim {dim}")
     return found
