@@ -27,7 +27,7 @@ COLUMN_SIZES = (16, 256)
 class Columns(NamedTuple):
     """Columns of a program of the first and third pass, and its warps."""
 
-    count: int
+    each: int
     warps: int
 
 
@@ -53,6 +53,10 @@ def column_tables(size: int, row: int, count: int, device: torch.device) -> torc
     within, first = torch.arange(count, device="cpu"), torch.arange(0, row, count, device="cpu")
     parts += [roots(turn[:, None] * within, 4 * size * row), roots(first[:, None] * turn, 4 * size * row)]
     return torch.cat([t.flatten() for t in parts]).float().to(device)
+
+
+def _part(t, *of):
+    return None if t is None else t[of]
 
 
 class Passes:
@@ -120,7 +124,7 @@ class Passes:
         for channels, cuts in self.groups(1):
             spectra = self.spectra(channels)
             for batches in cuts:
-                u, pre, post = (None if t is None else t[batches, channels] for t in (p.u, p.pre, p.post))
+                u, pre, post = (_part(t, batches, channels) for t in (p.u, p.pre, p.post))
                 scratch = self.down(u, pre, 0)
                 grid = (self.size * u.size(0), u.size(1))
                 self.rows(kernels.long_conv_rows_kernel, grid, p.ring.forward, scratch, spectra, p.tables, 0, u.size(0),
@@ -134,9 +138,9 @@ class Passes:
                  "NEED_POST": grad_post is not None}
         for channels, cuts in self.groups(2):
             spectra = self.spectra(channels)
-            added = self.empty(spectra.size(0)).zero_() if needs["NEED_K"] else None
+            added = self.empty(spectra.size(0)).zero_() if sums is not None else None
             for batches in cuts:
-                of = (None if t is None else t[batches, channels]
+                of = (_part(t, batches, channels)
                       for t in (sent, p.u, p.pre, p.post, grad_u, grad_pre, grad_post))
                 g, u, pre, post, to_u, to_pre, to_post = of
                 grads = self.down(g, post, p.history) if needs["NEED_X"] or needs["NEED_K"] else None
@@ -147,7 +151,7 @@ class Passes:
                     self.up(grads, 0, to_u, pre, to_pre, u)
                 if needs["NEED_POST"]:
                     self.up(inputs, p.history, to_post, g)
-            if needs["NEED_K"]:
+            if added is not None:
                 self.taps_rows(added, True)
                 self.columns(kernels.long_conv_taps_up_kernel, added.size(0), added, sums[channels], self.tables,
                              p.taps, CAUSAL=p.causal)
