@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +80,10 @@ class LongConvCase(Case):
         found = {} if self.prepared else {"rfft": Baseline(self._named(rfft_convolution))}
         if pass_ == "forward":
             found["rfft-prepared"] = Baseline(self._named(rfft_convolution), prepare=transform)
+        scipy = importlib.util.find_spec("scipy") is not None
+        plain = self.causal and not self.prepared and self.dtype == torch.float32
+        if full and scipy and plain and pass_ == "forward" and device.type == "cpu":
+            found["oaconvolve"] = Baseline(self._named(overlap_add))
         return found
 
     def oracle(self, inputs: Sequence[Tensor], grad_out: Tensor | None) -> Oracle:
@@ -137,6 +142,25 @@ def rfft_convolution(
     return y if post_gate is None else post_gate * y
 
 
+def overlap_add(
+    u: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+) -> Tensor:
+    """scipy.signal.oaconvolve, on one thread, and the rest in PyTorch."""
+    from scipy.signal import oaconvolve
+
+    x = u if pre_gate is None else pre_gate * u
+    y = torch.from_numpy(oaconvolve(x.numpy(), k.numpy()[None], axes=-1)[..., : u.shape[2]])
+    if skip is not None:
+        y = y + skip[:, None] * x
+    return y if post_gate is None else post_gate * y
+
+
 def _results(call: Call, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
     """The output, or all gradients."""
     with torch.set_grad_enabled(grad is not None):
@@ -178,11 +202,24 @@ def cases() -> list[Case]:
         )
     found += [
         # B=1 as in training on single sequences; Hyena's 768 channels are cut to a third.
-        make(
-            "hyenadna/1m/fp32", passes=("forward", "both"), batch=1, channels=128, length=1 << 20, skip=True
+        *(
+            make(
+                f"hyenadna/{name}/fp32",
+                passes=("forward", "both"),
+                batch=1,
+                channels=channels,
+                length=length,
+                skip=True,
+            )
+            for name, channels, length in (
+                ("450k", 256, 450_000),
+                ("1m", 128, 1 << 20),
+                ("1m-wide", 256, 1 << 20),
+            )
         ),
         make("hyena/8k/fp32", batch=1, channels=256, length=8192, skip=True, gates=True),
         make("hyena/8k/bf16", dtype=bf16, batch=1, channels=256, length=8192, skip=True, gates=True),
+        make("h3-125m/2k/fp32", channels=768, length=2048, skip=True, gates=True),
         make("path-256/64k/fp32", batch=1, channels=128, length=1 << 16, skip=True),
         make("m2-bert/4k/fp32", quick=forward, channels=768, length=4096, causal=False, skip=True),
         make("s4d-audio/16k/fp32", batch=4, channels=128, length=16_000, skip=True),
