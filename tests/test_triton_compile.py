@@ -424,7 +424,8 @@ LONG_CONV_PASSES = [
 def test_long_conv_passes_machine_code(
     case: LongConv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As the kernels of a single ring; of the backward along rows of 4096 some registers spill, most on 10.0."""
+    """As the kernels of a single ring; of the backward along rows of 4096 some registers spill, most on 10.0, and
+    one on 8.0 in the taps' last pass, which runs once a channel."""
     from effkern._triton import long_conv as launcher
     from effkern._triton import long_conv_passes as passes
 
@@ -442,7 +443,8 @@ def test_long_conv_passes_machine_code(
         code = inspect(compile_call(call, case.arch), tmp_path)
         label = f"{name} {case}"
         report(label, code, case.arch)
-        spilled = 80 if "rows_backward" in name and case.length > 1 << 19 else 0
+        large = case.length > 1 << 19
+        spilled = 80 if "rows_backward" in name and large else 8 if "taps_up" in name and large else 0
         assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
         assert code.opcodes["HMMA"], f"{label} has no tensor core product"
