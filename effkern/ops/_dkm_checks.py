@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from effkern.ops._cluster_checks import DIMS, MOST_CLUSTERS
 from effkern.ops._dispatch import FAST_DTYPES, dtype_name
 
 DTYPES = (*FAST_DTYPES, torch.float64)
-MAX_CLUSTERS = 256
-DIMS = (1, 2, 4)
 
 
 # Messages are functions: a compiler to which numbers are symbols cannot write them out, and need not.
@@ -76,8 +75,8 @@ def check_centroids(centroids: Tensor, weight: Tensor, groups: int, dim: int) ->
     )
     clusters = shape[len(lead)]
     _require(
-        1 <= clusters <= MAX_CLUSTERS,
-        lambda: f"centroids has {clusters} clusters, expected 1 to {MAX_CLUSTERS}",
+        1 <= clusters <= MOST_CLUSTERS,
+        lambda: f"centroids has {clusters} clusters, expected 1 to {MOST_CLUSTERS}",
     )
     found, wanted = dtype_name(centroids.dtype), dtype_name(weight.dtype)
     _require(
