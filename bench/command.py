@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import compare as comparing
-from .console import Screen, comparison_table, end_to_end_table, make_console, results_table
+from .console import (
+    Screen,
+    comparison_table,
+    decoder_step_table,
+    end_to_end_table,
+    make_console,
+    results_table,
+    saved_table,
+)
 from .results import Results
 from .runner import Options, run
 
@@ -24,6 +32,12 @@ def execute(options: Options, *, out: Path, against: str | None, plot: bool, as_
     if results.end_to_end:
         console.print()
         console.print(end_to_end_table(results.end_to_end))
+    if results.saved:
+        console.print()
+        console.print(saved_table(results.saved))
+    if results.decoder_step:
+        console.print()
+        console.print(decoder_step_table(results.decoder_step))
     written = [out / "results.json", *(_report(results, out, screen) if plot else [])]
     if against:
         _compare(results, against, screen)

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Comparison
-from .results import EndToEnd, Results, Row
+from .results import DecoderStep, EndToEnd, Results, Row, Saved
 from .runner import Listener
 from .words import machine_lines, number, percent, size
 
@@ -75,13 +75,41 @@ def end_to_end_table(result: EndToEnd) -> Table:
     title = f"end to end: {result.corpus}, {result.model}, context {result.context}, {result.dtype}"
     table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     table.add_column("variant")
-    for name in ("step ms", "p10-p90", "tokens/s", "extra memory", "parameters", "bits per byte"):
+    for name in ("step ms", "p10-p90", "tokens/s", "extra memory", "parameters", "size", "bits per byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for curve in result.curves:
         spread = f"{curve.step_p10_ms:.0f}-{curve.step_p90_ms:.0f}"
         extra = size(curve.peak_extra_bytes)
         numbers = [f"{curve.step_ms:.1f}", spread, f"{curve.tokens_per_s:,.0f}", extra]
-        table.add_row(curve.variant, *numbers, f"{curve.parameters:,}", f"{curve.final_bits:.4f}")
+        counts = [f"{curve.parameters:,}", size(curve.size_bytes), f"{curve.final_bits:.4f}"]
+        table.add_row(curve.variant, *numbers, *counts)
+    return table
+
+
+def saved_table(rows: Sequence[Saved]) -> Table:
+    title = "saved for the backward of differentiable k-means"
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
+    table.add_column("weights of")
+    for name in ("bits", "dtype", "plain autograd", "effkern", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        sizes = [size(row.plain_bytes), size(row.own_bytes), f"{row.ratio:,.0f}x"]
+        table.add_row(f"{row.what}, {row.weights:,}", str(row.bits), row.dtype, *sizes)
+    return table
+
+
+def decoder_step_table(step: DecoderStep) -> Table:
+    title = f"a training step of a {step.what}, {step.dtype}"
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
+    table.add_column(f"{step.weights:,} weights, {step.tokens} tokens, {step.optimizer}", no_wrap=True)
+    for name in ("peak memory", "beyond the weights", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, extra, seconds in (
+        ("dense", step.dense_peak_extra_bytes, step.dense_seconds),
+        (f"clustered, {step.bits} bits", step.peak_extra_bytes, step.seconds),
+    ):
+        peak = "" if extra is None else size(step.weight_bytes + extra)
+        table.add_row(name, peak, size(extra), f"{seconds:.1f}")
     return table
 
 

@@ -6,22 +6,24 @@ machine does meets all of them, and who goes first rotates.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-import effkern
 from effkern import backends
+from effkern.nn import TemperatureSchedule
 
 from .memory import peak_extra_bytes
-from .model import AttentionMixer, ByteModel, Config, Parts, loss_nats, monarch_mlp, sdpa_causal
+from .model import ByteModel, Config, loss_nats
 from .results import Curve, EndToEnd
+from .studies import Study, Variant, study
 from .text import Corpus, standard_library
 
 LEARNING_RATE = 2e-3
@@ -33,85 +35,6 @@ MOST_STEPS, FEWEST_STEPS = 400, 24
 PATIENCE = 1.25  # how far beyond its time the training may go
 
 Progress = Callable[[int, int, str], None]  # step, steps, what
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to build the model. `family` is what it swaps; plain PyTorch swaps nothing. `halfway` changes the model
-    in the middle of the training, which goes on with a fresh optimizer; its times are those after the change."""
-
-    name: str
-    family: str | None
-    parts: Parts
-    halfway: Callable[[nn.Module], object] | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is trained beside what, and for how long. Plain PyTorch comes first."""
-
-    variants: list[Variant]
-    config: Config = field(default_factory=Config)
-    seconds: float = 60.0
-
-
-def _sdpa_mixer(config: Config) -> nn.Module:
-    return AttentionMixer(config, sdpa_causal)
-
-
-def _attention_study() -> Study:
-    effkern_causal = functools.partial(effkern.attention, causal=True)
-    mixer = Parts(lambda config: AttentionMixer(config, effkern_causal))
-    plain = Variant("PyTorch", None, Parts(_sdpa_mixer))
-    return Study([plain, Variant("effkern attention", "attention", mixer)])
-
-
-def _monarch_study() -> Study:
-    """The MLPs as Monarch matrices: from the start, from the middle on (projection, then fine-tuning), or until the
-    middle (reverse sparsification). Wide enough for Monarch matrices to pay."""
-    nblocks = 8
-    dense, sparse = Parts(_sdpa_mixer), Parts(_sdpa_mixer, functools.partial(monarch_mlp, nblocks=nblocks))
-    variants = [
-        Variant("PyTorch", None, dense),
-        Variant("Monarch MLPs", "monarch", sparse),
-        Variant(
-            "dense, then projected",
-            "monarch",
-            dense,
-            lambda model: effkern.convert.monarchize(model, nblocks, "*.mlp.*"),
-        ),
-        Variant("Monarch, then dense", "monarch", sparse, _densify),
-    ]
-    return Study(variants, Config(layers=4, width=512, heads=8, context=256), seconds=300.0)
-
-
-def _densify(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, effkern.nn.MonarchLinear):
-                setattr(module, name, child.to_linear())
-
-
-def _long_conv_study() -> Study:
-    """A Hyena operator in place of attention; plain PyTorch convolves through torch.fft and F.conv1d."""
-
-    def mixer(backend: str | None) -> Parts:
-        return Parts(lambda config: effkern.nn.HyenaOperator(config.width, config.context, backend=backend))
-
-    variants = [
-        Variant("PyTorch", None, mixer("reference")),
-        Variant("effkern long convolutions", "long_conv", mixer(None)),
-    ]
-    return Study(variants, Config(context=2048), seconds=180.0)
-
-
-STUDIES = {"attention": _attention_study, "monarch": _monarch_study, "long_conv": _long_conv_study}
-
-
-def study(families: Sequence[str] = ()) -> Study:
-    """The training of a run: that of the one family it is limited to, else attention's."""
-    name = families[0] if len(families) == 1 and families[0] in STUDIES else "attention"
-    return STUDIES[name]()
 
 
 @dataclass
@@ -129,6 +52,8 @@ class Trainer:
     times: list[float] = field(default_factory=list)
     path: str = ""
     begun: int = 0  # the step at which the current optimizer took over
+    schedule: TemperatureSchedule | None = None
+    size_bytes: int = 0  # of the finished model
 
     @classmethod
     def start(
@@ -138,10 +63,16 @@ class Trainer:
         model = ByteModel(config, variant.parts).to(device)
         return cls(variant, model, _optimizer(model), device, dtype)
 
-    def halfway(self) -> None:
-        if self.variant.halfway is not None:
-            self.variant.halfway(self.model)
-            self.optimizer, self.begun, self.times = _optimizer(self.model), len(self.train_bits), []
+    def halfway(self, steps_left: int) -> None:
+        if self.variant.halfway is None:
+            return
+        before = list(self.model.parameters())
+        self.variant.halfway(self.model)
+        self.times = []
+        if {id(p) for p in self.model.parameters()} != {id(p) for p in before}:
+            self.optimizer, self.begun = _optimizer(self.model), len(self.train_bits)
+        if self.variant.schedule is not None:
+            self.schedule = self.variant.schedule(self.model, steps_left)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -156,6 +87,8 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
         return loss.item()
 
     def timed_step(self, tokens: Tensor, targets: Tensor) -> None:
@@ -166,14 +99,26 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, tokens: Tensor, targets: Tensor) -> None:
+        self.model.eval()
         self.validation_steps.append(len(self.train_bits))
         self.validation_bits.append(self.loss(tokens, targets).item() / math.log(2))
+        self.model.train()
+
+    def finish(self, tokens: Tensor, targets: Tensor) -> None:
+        """The last validation, and the size: of the model as it would be used."""
+        trained = self.model
+        if self.variant.finish is not None:
+            self.model = copy.deepcopy(trained)
+            self.variant.finish(self.model)
+        self.validate(tokens, targets)
+        stored = self.model.state_dict()
+        self.size_bytes = sum({t.data_ptr(): t.nbytes for t in stored.values()}.values())  # tied ones once
+        self.model = trained
 
     def curve(self, tokens_a_step: int, peak: int | None) -> Curve:
         # The first steps pay for allocations and lazy set-up; they would not recur in a long training.
         times = sorted(self.times[2:] or self.times)
         median = statistics.median(times)
-        parameters = list(self.model.parameters())
         return Curve(
             variant=self.variant.name,
             steps=list(range(1, len(self.train_bits) + 1)),
@@ -185,8 +130,8 @@ class Trainer:
             step_p90_ms=times[len(times) * 9 // 10] * 1e3,
             tokens_per_s=tokens_a_step / median,
             peak_extra_bytes=peak,
-            parameters=sum(p.numel() for p in parameters),
-            size_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            size_bytes=self.size_bytes,
             final_bits=self.validation_bits[-1],
             path=self.path,
         )
@@ -234,7 +179,7 @@ def train(
         data = batches(step)
         if step == steps // 2:
             for trainer in trainers:
-                trainer.halfway()
+                trainer.halfway(steps - step)
         for turn in range(len(trainers)):
             trainer = trainers[(step + turn) % len(trainers)]
             if step % interval == 0:
@@ -243,7 +188,7 @@ def train(
             trainer.timed_step(*data)
     curves = []
     for trainer in trainers:
-        trainer.validate(*held_out)
+        trainer.finish(*held_out)
         backends.record("")  # so that a variant without ops of ours has no path
         peak = peak_extra_bytes(functools.partial(trainer.step, *batches(0)), device)
         trainer.path = backends.last()
@@ -273,10 +218,17 @@ def _seconds_a_step(
     seed: int,
     batches: Callable[[int], tuple[Tensor, Tensor]],
 ) -> float:
+    """Of a whole training: the mean of before and after what happens halfway."""
     trainer = Trainer.start(variant, config, device, dtype, seed)
     for step in range(3):
         trainer.timed_step(*batches(step))
-    return min(trainer.times)
+    before = min(trainer.times)
+    if variant.halfway is None:
+        return before
+    trainer.halfway(3)
+    for step in range(3):
+        trainer.timed_step(*batches(step))
+    return (before + min(trainer.times)) / 2
 
 
 def _faster_dtype(

@@ -20,6 +20,20 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     a kernel keeps per thread between calls counts only if `call` is its first call.
     """
     gc.collect()
+    if device.type == "cuda" or not _reset_high_water():
+        return peak_tensor_bytes(call, device)
+    before = _status_bytes("VmRSS")
+    result = call()
+    peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def peak_tensor_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The same of tensors alone, by torch's allocator: to the byte, whatever the C allocator and the system make of it.
+
+    Scratch allocated outside torch stays unseen, and on the CPU what other threads allocate.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -28,13 +42,31 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_high_water():
-        return _peak_from_profiler(call)
-    before = _status_bytes("VmRSS")
-    result = call()
-    peak = _status_bytes("VmHWM")
+    if os.environ.get("KINETO_USE_DAEMON"):
+        return None  # a system-wide profiler owns the trace
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or every trace writes lines between those of the harness
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        result = call()
     del result
-    return max(0, peak - before)
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def available_bytes(device: torch.device) -> int:
+    """What could still be allocated, as far as the system tells; else a guess of 8 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 8 << 30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _reset_high_water() -> bool:
@@ -54,20 +86,3 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _peak_from_profiler(call: Callable[[], object]) -> int | None:
-    """The running sum of torch's own allocations. Scratch allocated outside torch stays unseen."""
-    if os.environ.get("KINETO_USE_DAEMON"):
-        return None  # a system-wide profiler owns the trace
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
-        result = call()
-    del result
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkern.nn import MonarchLinear
+from effkern.nn import MonarchLinear, ReversibleBlock, ReversibleSequence
 
 AttentionCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,6 +87,33 @@ class Block(nn.Module):
 
 def sequential(blocks: Sequence[Block]) -> nn.Module:
     return nn.Sequential(*blocks)
+
+
+class TwoStreams(nn.Module):
+    """The blocks' mixers and MLPs as the two halves of reversible blocks, the streams summed at the end.
+
+    `stored` is the same network as autograd runs it, with every activation stored.
+    """
+
+    def __init__(self, blocks: Sequence[Block], stored: bool = False, **options: Any) -> None:
+        super().__init__()
+        halves = [
+            (nn.Sequential(block.norm_mixer, block.mixer), nn.Sequential(block.norm_mlp, block.mlp))
+            for block in blocks
+        ]
+        self.stored = stored
+        self.sequence = ReversibleSequence([ReversibleBlock(f, g) for f, g in halves], **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.stored:
+            y1, y2 = self.sequence(x)
+            return y1 + y2
+        x1 = x2 = x
+        for block in self.sequence.blocks:
+            f, g = (part for _, part in cast(ReversibleBlock, block).parts())
+            x1 = x1 + f(x2)
+            x2 = x2 + g(x1)
+        return x1 + x2
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,42 @@ class EndToEnd:
 
 
 @dataclass
+class Saved:
+    """What clustering `weights` weights keeps for the backward: autograd through plain PyTorch, and ours."""
+
+    what: str
+    weights: int
+    bits: int
+    dtype: str
+    iterations: int
+    plain_bytes: int
+    own_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.plain_bytes / self.own_bytes
+
+
+@dataclass
+class DecoderStep:
+    """The first training step of a decoder layer with clustered weights, and of the same layer with dense ones.
+
+    Peaks are beyond the weights: activations, gradients, what the optimizer keeps, and the clustered weights."""
+
+    what: str
+    weights: int
+    bits: int
+    dtype: str
+    optimizer: str
+    tokens: int
+    weight_bytes: int
+    peak_extra_bytes: int | None
+    dense_peak_extra_bytes: int | None
+    seconds: float
+    dense_seconds: float
+
+
+@dataclass
 class Results:
     schema: int
     machine: Machine
@@ -112,6 +148,8 @@ class Results:
     roofs: dict[str, float]  # "matmul float32": FLOP/s, ..., "copy": bytes/s
     rows: list[Row] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
+    saved: list[Saved] = field(default_factory=list)
+    decoder_step: DecoderStep | None = None
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=1, allow_nan=False) + "\n"

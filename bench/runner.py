@@ -10,12 +10,17 @@ import torch
 from effkern import backends
 
 from . import cases as case_list
-from .end_to_end import study, train
+from . import decoder_step
+from .end_to_end import train
 from .machine import default_device, measure_roofs, new_results
 from .measure import Bench
 from .results import Results, Row
+from .saved import decoder_layer
+from .studies import study
 
 END_TO_END = "end to end on real text"
+DECODER_STEP = "a training step of a clustered decoder layer"
+DECODER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,11 @@ def run(options: Options, listener: Listener | None = None) -> Results:
         torch.set_num_threads(options.threads)
     device = _device(options.backends)
     pairs = case_list.choose(
-        case_list.discover(), full=options.full, families=options.families, pattern=options.pattern
+        case_list.discover(),
+        full=options.full,
+        device=device,
+        families=options.families,
+        pattern=options.pattern,
     )
     results = new_results(device)
     results.roofs = measure_roofs(device)
@@ -82,6 +91,9 @@ def run(options: Options, listener: Listener | None = None) -> Results:
     wanted: list[str | None] = [*options.backends] or [None]
     bench = Bench(device, results.roofs, wanted, options.full, options.seconds, listener.note)
     units = [(f"{case.name} {pass_}", 2.0 * options.seconds) for case, pass_ in pairs]
+    step = "dkm" in options.families and options.pattern is None
+    if step:
+        units.append((DECODER_STEP, DECODER_SECONDS))
     training = study(options.families)
     if options.end_to_end:
         units.append((END_TO_END, options.end_to_end_seconds or training.seconds))
@@ -92,6 +104,16 @@ def run(options: Options, listener: Listener | None = None) -> Results:
             rows = bench.measure(case, pass_)
             results.rows += rows
             listener.done(rows)
+        if any(case.family == "dkm" for case, _ in pairs):
+            results.saved = decoder_layer()
+        if step:
+            listener.unit(DECODER_STEP)
+            reason = decoder_step.refusal(device)
+            if reason is None:
+                results.decoder_step = decoder_step.decoder_step()
+            else:
+                listener.note(reason)
+            listener.done(())
         if options.end_to_end:
             listener.unit(END_TO_END)
             results.end_to_end = train(

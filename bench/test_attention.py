@@ -14,7 +14,7 @@ from effkern.bench.cases import Baseline, Case
 from effkern.bench.machine import default_device
 from effkern.bench.verify import Problem
 
-PAIRS = case_list.choose(case_list.discover(), full=False, families=["attention"])
+PAIRS = case_list.choose(case_list.discover(), full=False, device=default_device(), families=["attention"])
 TINY = {(case.tiny(), pass_) for case, pass_ in PAIRS if pass_ == "forward"}
 
 

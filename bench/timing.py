@@ -23,11 +23,13 @@ GPU_HEAD_START_CYCLES = 1_000_000
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation: a thunk per input set, and a `context` that is entered outside the timing."""
+    """One implementation: a thunk per input set, and a `context` that is entered outside the timing. One that is timed
+    `once` takes part in the first round only, and has run before: it gets no warm-up."""
 
     name: str
     thunks: Sequence[Thunk]
     context: Context = contextlib.nullcontext
+    once: bool = False
 
 
 @dataclass
@@ -66,25 +68,28 @@ def interleave(
     one has just pulled into the cache, and the order inside a round rotates, so that none always runs after
     the same neighbour.
     """
-    estimate = {c.name: _warm_up(c, device) for c in candidates}
+    estimate = {c.name: SAMPLE_SECONDS if c.once else _warm_up(c, device) for c in candidates}
     repeats = {name: max(1, round(SAMPLE_SECONDS / max(t, 1e-9))) for name, t in estimate.items()}
     timings = {c.name: Timing() for c in candidates}
     cursor = {c.name: i * len(c.thunks) // len(candidates) for i, c in enumerate(candidates)}
     end = time.perf_counter() + seconds
     with _no_gc():
         for turn in range(max_rounds):
-            late = time.perf_counter() - end
-            # Where one round takes seconds, three of them have to do.
-            if turn >= (3 if late > 5.0 else min_rounds) and late > 0:
+            if turn >= min_rounds and time.perf_counter() > end:
                 break
             for position in range(len(candidates)):
                 candidate = candidates[(turn + position) % len(candidates)]
+                if candidate.once and turn > 0:
+                    continue
                 count = repeats[candidate.name]
                 start = cursor[candidate.name]
                 calls = [candidate.thunks[(start + i) % len(candidate.thunks)] for i in range(count)]
                 cursor[candidate.name] = start + count
                 with candidate.context():
-                    timings[candidate.name].samples_ms.append(_sample_ms(calls, device) / count)
+                    sample = _sample_ms(calls, device)
+                timings[candidate.name].samples_ms.append(sample / count)
+                if candidate.once:
+                    end += sample * 1e-3  # it takes nothing from the time of the others
     return timings
 
 
@@ -98,11 +103,14 @@ def timed_ms(call: Thunk, device: torch.device) -> tuple[float, object]:
 
 
 def host_us(call: Thunk, device: torch.device, *, seconds: float = 0.3) -> float:
-    """Host time of a call in microseconds: enqueueing on a GPU, a call on a tiny shape on the CPU."""
+    """Host time of a call in microseconds: enqueueing on a GPU, a call on a tiny shape on the CPU.
+
+    With one thread: those of a parallel loop over a tiny tensor would otherwise be most of what is measured.
+    """
     samples: list[float] = []
     calls = 1
-    end = time.perf_counter() + seconds
-    with _no_gc():
+    with _no_gc(), _one_thread():
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(samples) < 3:
             _synchronize(device)
             start = time.perf_counter()
@@ -151,6 +159,16 @@ def _sample_cuda_ms(calls: Sequence[Thunk]) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

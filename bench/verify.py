@@ -41,7 +41,8 @@ class Problem:
         grad_out = None
         if pass_ != "forward":
             with torch.no_grad():
-                out = next(iter(case.baselines(device, "forward", False).values())).call(*inputs)
+                calls = [*case.baselines(device, "forward", False).values(), case.candidate(None)]
+                out = calls[0].call(*inputs)
             generator = torch.Generator().manual_seed(seed + 1)
             grad_out = torch.randn(out.shape, generator=generator).to(out)
         return cls(case, pass_, device, inputs, grad_out, case.oracle(inputs, grad_out))
@@ -53,10 +54,11 @@ class Problem:
             inputs = candidate.prepare(*inputs)
         if self.grad_out is None:
             return functools.partial(call, *inputs)
+        gradients: Callable[..., object] = accumulated if candidate.accumulates else torch.autograd.grad
         if self.pass_ == "both":
-            return lambda: torch.autograd.grad(call(*inputs), inputs, self.grad_out)
+            return lambda: gradients(call(*inputs), inputs, self.grad_out)
         out = call(*inputs)
-        return functools.partial(torch.autograd.grad, out, inputs, self.grad_out, retain_graph=True)
+        return functools.partial(gradients, out, inputs, self.grad_out, retain_graph=True)
 
     def sets(self, count: int) -> list[tuple[Tensor, ...]]:
         """Input sets of equal values in memory of their own."""
@@ -94,3 +96,18 @@ class Problem:
             if not off <= allowed:
                 reason = f"result {i} is off by {off:.2e}; {allowed:.2e} is allowed"
         return Verified("fail" if reason else "pass", error, first_ms, reason)
+
+
+def accumulated(
+    out: Tensor, inputs: Sequence[Tensor], grad_out: Tensor | None, *, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradients that `backward()` leaves in `.grad`, taken out of there."""
+    try:
+        torch.autograd.backward(out, grad_out, retain_graph=retain_graph)
+        found = tuple(t.grad for t in inputs if t.grad is not None)
+    finally:
+        for t in inputs:
+            t.grad = None
+    if len(found) < len(inputs):
+        raise RuntimeError(f"{len(inputs) - len(found)} of {len(inputs)} inputs got no gradient")
+    return found

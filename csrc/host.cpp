@@ -107,6 +107,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("cpu_features", &cpu_features, "What cpuid and the operating system report.");
   m.def("cpu_name", &effkern::cpu_name);
   m.def("trace_last", &effkern::trace_last, "Path that ran last, such as 'attention:cpu/avx2'; '' before the first.");
+  m.def("trace_last_detail", &effkern::trace_last_detail,
+        "A number that the path came with, else 0: of dkm and its backward, the iterations whose distances were in "
+        "float32, over all groups.");
   m.def("trace_record", &effkern::trace_record_copy, py::arg("path"), "Records a path that runs in Python.");
   m.def("attention_tile_plan", &attention_tile_plan, py::arg("sq"), py::arg("sk"), py::arg("causal"),
         py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"), py::arg("bands") = std::vector<int64_t>{},

@@ -38,6 +38,23 @@
   ", bool need_x=True, bool need_weight=True, bool need_bias=True, bool need_state=True) -> (Tensor grad_x, Tensor " \
   "grad_weight, Tensor grad_bias, Tensor grad_state)"
 
+#define COUPLING                                                                                                   \
+  "(Tensor f, Tensor? y=None, Tensor? x=None, float alpha=1.0, float beta=1.0, bool subtract=False, int? q=None, " \
+  "float? keep=None) -> (Tensor out, Tensor kept, Tensor largest)"
+
+#define DKM_FORWARD                                                                                            \
+  "(Tensor weight, Tensor centroids, float temperature, int iterations=3, float tolerance=0.0, int groups=1, " \
+  "int dim=1) -> (Tensor clustered, Tensor trajectory, Tensor counts, Tensor steps)"
+#define DKM_BACKWARD                                                                                                   \
+  "(Tensor grad_out, Tensor weight, Tensor trajectory, Tensor counts, Tensor steps, float temperature, int groups=1, " \
+  "int dim=1) -> Tensor"
+
+#define PALETTIZED_ARGUMENTS "Tensor x, Tensor indices, Tensor lut, int bits, int groups=1, int dim=1"
+#define PALETTIZED_FORWARD "(" PALETTIZED_ARGUMENTS ", Tensor? bias=None, bool wide=False) -> Tensor"
+#define PALETTIZED_BACKWARD                 \
+  "(Tensor grad_out, " PALETTIZED_ARGUMENTS \
+  ", bool need_x=True, bool need_lut=True) -> (Tensor grad_x, Tensor grad_lut)"
+
 STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention" ATTENTION_FORWARD);
   m.def("attention_backward" ATTENTION_BACKWARD);
@@ -69,21 +86,19 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("short_conv_backward" SHORT_CONV_BACKWARD);
   m.def("short_conv_triton" SHORT_CONV_FORWARD);
   m.def("short_conv_triton_backward" SHORT_CONV_BACKWARD);
-  m.def(
-      "dkm(Tensor weight, Tensor centroids, float temperature, int iterations=3, float tolerance=0.0, int groups=1, "
-      "int dim=1) -> (Tensor clustered, Tensor trajectory, Tensor counts, Tensor steps)");
-  m.def(
-      "dkm_backward(Tensor grad_out, Tensor weight, Tensor trajectory, Tensor counts, Tensor steps, float temperature, "
-      "int groups=1, int dim=1) -> Tensor");
+  m.def("dkm" DKM_FORWARD);
+  m.def("dkm_backward" DKM_BACKWARD);
+  m.def("dkm_triton" DKM_FORWARD);
+  m.def("dkm_triton_backward" DKM_BACKWARD);
   m.def("companion_kernel(Tensor a, Tensor b, Tensor c, int length) -> Tensor");
   m.def(
       "companion_kernel_backward(Tensor grad_out, Tensor a, Tensor b, Tensor c, Tensor out) -> "
       "(Tensor grad_a, Tensor grad_b, Tensor grad_c)");
   m.def("kmeans_init(Tensor weight, int clusters, int groups=1, int dim=1, Tensor? importance=None) -> Tensor");
-  m.def(
-      "palettized_linear(Tensor x, Tensor indices, Tensor lut, int bits, int groups=1, int dim=1, Tensor? bias=None, "
-      "bool wide=False) -> Tensor");
-  m.def(
-      "palettized_linear_backward(Tensor grad_out, Tensor x, Tensor indices, Tensor lut, int bits, int groups=1, "
-      "int dim=1, bool need_x=True, bool need_lut=True) -> (Tensor grad_x, Tensor grad_lut)");
+  m.def("palettized_linear" PALETTIZED_FORWARD);
+  m.def("palettized_linear_backward" PALETTIZED_BACKWARD);
+  m.def("palettized_linear_triton" PALETTIZED_FORWARD);
+  m.def("palettized_linear_triton_backward" PALETTIZED_BACKWARD);
+  m.def("coupling" COUPLING);
+  m.def("coupling_triton" COUPLING);
 }

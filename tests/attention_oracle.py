@@ -268,10 +268,11 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
         return dict.fromkeys(names, 1.0)
     exact = inputs.double()
     scale = case.d**-0.5 if case.scale is None else abs(case.scale)
-    score = max(1.0, scale * case.d**0.5)  # a weight carries the rounding of its score
+    # A weight carries the rounding of its score. Eight: the roundings of a sum partly cancel.
+    score = max(1.0, scale * (exact.q.norm(dim=-1).max() * exact.k.norm(dim=-1).max()).item() / 8)
     if case.bias is not None or case.alibi or case.sinks:
         score = max(score, 4.0)
-    # Eight: the roundings of a sum partly cancel. The half dtypes take a shorter polynomial for the exponential.
+    # The half dtypes take a shorter polynomial for the exponential.
     products = (inputs.grad_out.double().norm(dim=-1).max() * exact.v.norm(dim=-1).max()).item()
     difference = products / 8
     ones = replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import interpreted
 import pytest
 import torch
 
@@ -100,3 +101,9 @@ def route(request: pytest.FixtureRequest) -> Iterator[Route]:
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What the cases of a test module came to under Triton's interpreter (tests/interpreted.py)."""
+    return interpreted.verdicts(str(request.path))

@@ -26,7 +26,7 @@ def results(
     leaf = weight.detach().to(dtype or weight.dtype).requires_grad_()
     clustered, found = function(leaf, centroids.to(dtype) if dtype else centroids, **options)
     generator = torch.Generator().manual_seed(1)
-    sent = torch.randint(-64, 65, weight.shape, generator=generator).to(clustered.dtype) / 32
+    sent = torch.randint(-64, 65, weight.shape, generator=generator).to(clustered) / 32
     (grad,) = torch.autograd.grad(clustered, leaf, sent)
     return {"clustered": clustered.detach(), "centroids": found, "grad": grad}
 
@@ -37,10 +37,12 @@ def relative(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact).norm().item() / norm if norm > 0 else actual.double().norm().item()
 
 
-def check(path: str, weight: Tensor, centroids: Tensor, **options: Any) -> dict[str, Tensor]:
+def check(
+    path: str, weight: Tensor, centroids: Tensor, backend: str | None = None, **options: Any
+) -> dict[str, Tensor]:
     """Ours by the rule of effkern.testing: at most twice as far off as autograd in the same dtype, plus a floor."""
-    ours = results(effkern.dkm, weight, centroids, **options)
-    assert effkern.backends.last() == f"dkm_backward:cpu/{path}"
+    ours = results(effkern.dkm, weight, centroids, backend=backend, **options)
+    assert effkern.backends.last() == f"dkm_backward:{backend or 'cpu'}{path and f'/{path}'}"
     plain = results(reference, weight, centroids, **options)
     exact = results(reference, weight, centroids, torch.float64, **options)
     for name in FIELDS:

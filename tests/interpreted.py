@@ -1,7 +1,8 @@
 """Triton kernels under the interpreter: which machines can, and cases that run in a process of their own.
 
 TRITON_INTERPRET is read when a kernel is defined and holds for the process. So a test module runs itself as a script,
-all its cases in one go, and each test looks up its own verdict. fp32 only: the interpreter's bf16 products are wrong.
+all its cases in one go, and each test looks up its own verdict in the fixture `verdicts` of tests/conftest.py. fp32
+only: the interpreter's bf16 products are wrong.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def _needs(missing: str) -> pytest.MarkDecorator:
 needs_triton = _needs(_triton_missing())
 needs_interpreter = _needs(_interpreter_missing())
 needs_device = _needs(_device_missing())
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
 
 
 def verdicts(module: str) -> dict[str, str]:

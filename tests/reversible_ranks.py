@@ -1,8 +1,9 @@
 """Trains a reversible stack on two gloo ranks and in one process, and exits with an error where they differ.
 
-    python reversible_ranks.py ddp|fsdp|late
+    python reversible_ranks.py ddp|nested|fsdp|late
 
-`late` is fsdp with an engine that leaves the gathering of a block's parameters to the block's own node.
+`nested` is ddp with an engine that calls .backward() inside a block; `late` is fsdp with one that leaves the gathering
+of a block's parameters to the block's own node.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.multiprocessing as mp
 from reversible_nets import WIDTH, assert_same, blocks
 from torch import Tensor, nn
 
-from effkern.nn import ReversibleSequence, _reversible_engine
+from effkern.nn import ReversibleSequence, _reversible_step
 
 RANKS, STEPS = 2, 2
 
@@ -40,19 +41,27 @@ def loss(model: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
     return model(x, condition).square().mean()
 
 
+def nested(self: _reversible_step.Replay, slot: int, grad: Tensor) -> Tensor:
+    leaf, out = self._graphs.pop(slot)
+    out.backward(grad)
+    return leaf.grad
+
+
 def rank(index: int, mode: str, meeting: str) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", f"file://{meeting}", rank=index, world_size=RANKS, timeout=limit)
     if mode == "late":
-        _reversible_engine.Source.prepare = lambda self: None
-    for overlap in (False, True) if mode != "late" else (True,):
+        _reversible_step.Source.prepare = lambda self: None
+    if mode == "nested":
+        _reversible_step.Replay._pull = nested
+    for overlap in (False, True) if mode in ("ddp", "fsdp") else (True,):
         torch.manual_seed(0)
         whole = Model(overlap).double()
         model = copy.deepcopy(whole)
         x = torch.randn(STEPS, 4 * RANKS, WIDTH, dtype=torch.float64)
         condition = torch.rand(WIDTH, dtype=torch.float64)
-        if mode == "ddp":
+        if mode in ("ddp", "nested"):
             trained: nn.Module = nn.parallel.DistributedDataParallel(model)
         else:
             from torch.distributed.fsdp import fully_shard

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from effkern.nn._reversible_schedule import CudaStreams
 
 Clock = dict[str, int]
 
@@ -29,14 +33,36 @@ class Entry:
         return self.clock.get(other.stream, 0) >= other.clock[other.stream]
 
 
+def _host(*_: object) -> None:
+    raise AssertionError("the host waits")
+
+
 class Event:
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    """In the place of torch.cuda.Event."""
 
-    def synchronize(self) -> None:
-        raise AssertionError("the host waits for an event")
+    clock: Clock
 
-    query = synchronize
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Stream) -> None:
+        self.clock = dict(stream.recorder.clocks[stream.name])
+
+    def wait(self, stream: Stream) -> None:
+        stream.recorder.wait(stream.name, self)
+
+    synchronize = query = _host
+
+
+@dataclass(frozen=True)
+class Stream:
+    """In the place of torch.cuda.Stream, whose own methods it has."""
+
+    recorder: Recorder
+    name: str
+
+    record_event, wait_event = torch.cuda.Stream.record_event, torch.cuda.Stream.wait_event
+    synchronize = query = wait_stream = _host
 
 
 @dataclass
@@ -48,7 +74,7 @@ class Memory:
 
 
 class Recorder(TorchDispatchMode):
-    """Is a `Streams`; use it as a context manager around the whole training step."""
+    """A device for `CudaStreams` after `patch`; use it as a context manager around the whole training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,11 +85,24 @@ class Recorder(TorchDispatchMode):
         self._memory: dict[int, Memory] = {}
         self._stretch: list[str] = []
 
-    def current(self) -> str:
-        return self.stream
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> CudaStreams:
+        """The real class, on streams, events and tensors that are not of a GPU."""
+        cuda, self.sides = torch.cuda, 0
 
-    def side(self) -> str:
-        return "side"
+        def side(device: torch.device) -> Stream:
+            self.sides += 1
+            return Stream(self, "side")
+
+        monkeypatch.setattr(cuda.streams, "Event", Event)
+        monkeypatch.setattr(cuda, "Event", Event)
+        monkeypatch.setattr(cuda, "Stream", side)
+        monkeypatch.setattr(cuda, "current_stream", lambda device: Stream(self, self.stream))
+        monkeypatch.setattr(cuda, "stream", lambda stream: self.use(stream.name))
+        monkeypatch.setattr(cuda, "synchronize", _host)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.keep(tensor, stream.name))
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+        monkeypatch.setattr(CudaStreams, "_sides", {})
+        return CudaStreams(torch.device("cuda", 0))
 
     @contextlib.contextmanager
     def use(self, stream: str) -> Iterator[None]:
@@ -72,9 +111,6 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.stream = before
-
-    def record(self, stream: str) -> Event:
-        return Event(dict(self.clocks[stream]))
 
     def wait(self, stream: str, event: Event) -> None:
         clock = self.clocks[stream]

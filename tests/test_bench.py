@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import effkern
 from effkern.bench import cases as case_list
 from effkern.bench import command, machine, measure, runner
 from effkern.bench import compare as comparing
 from effkern.bench.cases import Baseline, Case
+from effkern.bench.cases.reversible import StackCase
 from effkern.bench.machine import binding_roof, new_results
-from effkern.bench.memory import peak_extra_bytes
+from effkern.bench.memory import peak_extra_bytes, peak_tensor_bytes
 from effkern.bench.results import Curve, EndToEnd, Results, Row
-from effkern.bench.timing import Candidate, Timing, interleave
+from effkern.bench.timing import Candidate, Timing, host_us, interleave
 from effkern.bench.verify import Problem
 
 CPU = torch.device("cpu")
@@ -163,6 +168,24 @@ def test_timing_is_interleaved_and_rotates_inputs() -> None:
     assert Timing([2.0]).p90_ms == 2.0
 
 
+def test_slow_calls_have_as_many_samples_as_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    hours = types.SimpleNamespace(
+        perf_counter=lambda: 3600.0 * next(clock), perf_counter_ns=time.perf_counter_ns
+    )
+    monkeypatch.setattr("effkern.bench.timing.time", hours)
+    timings = interleave([Candidate(name, [lambda: None]) for name in "ab"], CPU, seconds=1.0)
+    assert [len(t.samples_ms) for t in timings.values()] == [5, 5]
+
+
+def test_peak_of_tensors_is_counted_to_the_byte() -> None:
+    def call() -> torch.Tensor:
+        return torch.ones(4 << 20).sum() + torch.ones(1 << 20)  # as below
+
+    # 16 MiB and their sum; then that sum, two tensors of 4 MiB
+    assert peak_tensor_bytes(call, CPU) == (16 << 20) + 4
+
+
 def test_peak_memory_sees_what_a_call_held_and_freed() -> None:
     def call() -> torch.Tensor:
         return torch.ones(4 << 20).sum() + torch.ones(1 << 20)  # 16 MiB freed, 4 MiB and the result held
@@ -184,12 +207,12 @@ def test_cases_have_unique_names_and_the_models_the_project_names() -> None:
     assert len(names) == len(set(names))
     for model in ("gpt2-small", "llama-3-8b", "vit-l-16", "bert-large", "minilm"):
         assert any(name.startswith(model) for name in names), model
-    quick, full = (case_list.choose(cases, full=full) for full in (False, True))
+    quick, full = (case_list.choose(cases, full=full, device=CPU) for full in (False, True))
     assert set(quick) < set(full)
     with pytest.raises(ValueError, match="no case matches 'nothing\\*'"):
-        case_list.choose(cases, full=False, pattern="nothing*")
+        case_list.choose(cases, full=False, device=CPU, pattern="nothing*")
     with pytest.raises(ValueError, match="no family 'attentoin'"):
-        case_list.choose(cases, full=False, families=["attentoin"])
+        case_list.choose(cases, full=False, device=CPU, families=["attentoin"])
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
@@ -238,6 +261,102 @@ def test_a_failure_is_a_row_without_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.error is not None
     assert found.error_baseline is not None
     assert found.error > found.error_baseline
+
+
+def _steps(kind: str) -> Case:
+    name = f"vit-b-16/{kind}/12/b1/fp32"
+    return next(case for case in case_list.discover() if case.name == name).tiny()
+
+
+def test_a_case_without_a_path_does_not_show_that_of_the_case_before() -> None:
+    """Sums of float32 streams are PyTorch's own."""
+    case = _steps("reversible")
+    effkern.backends.record("attention:cpu/avx2")
+    bench = measure.Bench(CPU, results().roofs, [None], False, 0.01, print)
+    outcome = bench._verify_ours(Problem.build(case, "both", CPU), "effkern automatic", case.candidate(None))
+    assert outcome is not None and outcome.verified.verdict == "pass" and outcome.path == ""
+
+
+@pytest.mark.parametrize("kind", ["reversible", "checkpoint"])
+def test_recomputed_steps_are_timed_with_and_without_overlap_and_never_in_trials(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effkern.nn import _reversible_schedule as schedules
+
+    chosen: list[object] = []
+    right = schedules.choose
+
+    def noted(device: torch.device, overlap: bool | str, probe: schedules.Probe) -> schedules.Schedule:
+        chosen.append(overlap)
+        return right(device, overlap, probe)
+
+    monkeypatch.setattr(schedules, "choose", noted)
+    case = _steps(kind)
+    problem = Problem.build(case, "both", CPU)
+    others = case.baselines(CPU, "both", False)
+    for candidate in (case.candidate(None), others["effkern-overlap"]):
+        assert problem.verify(candidate).verdict == "pass"
+    assert set(chosen[: len(chosen) // 2]) == {False} and set(chosen[len(chosen) // 2 :]) == {True}
+
+
+def _of_the_family(device: str) -> dict[str, Case]:
+    pairs = case_list.choose(
+        case_list.discover(), full=True, device=torch.device(device), families=["reversible"]
+    )
+    return {case.name: case for case, _ in pairs if isinstance(case, StackCase)}
+
+
+def test_all_block_shapes_are_timed_in_depth_and_batch_and_on_a_cpu_what_takes_no_hours() -> None:
+    gpu, cpu = _of_the_family("cuda"), _of_the_family("cpu")
+    for model, depth in (("vit-b-16", 12), ("vit-l-16", 24), ("roberta-base", 12), ("gpt2-medium", 24)):
+        for kind, dtype in itertools.product(("reversible", "checkpoint"), ("fp32", "bf16")):
+            assert f"{model}/{kind}/{depth}/b1/{dtype}" in gpu
+            found = [case for name, case in gpu.items() if name.startswith(f"{model}/{kind}/")]
+            assert len({case.batch for case in found}) > 1
+            assert f"{model}/{kind}/2/b1/fp32" in cpu
+    for cases in (gpu, cpu):
+        assert {case.depth for case in cases.values()} >= {12, 24, 48}
+        assert len({case.batch for case in cases.values()}) > 3
+    assert max(case.flops("both") for case in cpu.values()) < 2e11
+    # Whoever asks for one by name gets it.
+    name = "gpt2-medium/reversible/24/b4/bf16"
+    assert name not in cpu
+    asked = case_list.choose(case_list.discover(), full=True, device=CPU, pattern=name)
+    assert [case.name for case, _ in asked] == [name]
+
+
+def test_bfloat16_stacks_are_timed_on_a_cpu_with_units_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for levels, expected in ((["scalar", "avx2"], False), (["scalar", "avx2", "avx512_bf16"], True)):
+        monkeypatch.setattr("effkern._host.isa_levels", lambda levels=levels: levels)
+        assert any(case.dtype == torch.bfloat16 for case in _of_the_family("cpu").values()) is expected
+
+
+@pytest.mark.parametrize("kind", ["reversible", "checkpoint"])
+def test_peaks_of_activations_repeat_to_the_byte_and_stored_ones_grow_with_depth(kind: str) -> None:
+    bench = measure.Bench(CPU, results().roofs, [None], False, 0.01, print)
+    peaks: dict[str, list[int]] = {}
+    for depth in (4, 12):
+        case = dataclasses.replace(_of_the_family("cpu")[f"narrow/{kind}/12/b1/fp32"], depth=depth)
+        problem = Problem.build(case, "both", CPU)
+        for name, candidate in {"ours": case.candidate(None), **case.baselines(CPU, "both", True)}.items():
+            assert problem.verify(candidate).verdict == "pass"
+            first, second = (bench._peak(problem, candidate) for _ in range(2))
+            assert first == second
+            peaks.setdefault(name, []).append(first)
+    (shallow, deep), stored = peaks["ours"], peaks["stored"]
+    state = 4 * 64 * 64
+    assert stored[1] - stored[0] > 8 * 16 * state
+    if kind == "reversible":
+        assert deep == shallow
+    else:
+        assert deep - shallow == 8 * state
+
+
+def test_host_time_is_that_of_one_thread(threads: Callable[[int], None]) -> None:
+    threads(3)
+    seen: set[int] = set()
+    assert host_us(lambda: seen.add(torch.get_num_threads()), CPU, seconds=0.01) > 0
+    assert seen == {1} and torch.get_num_threads() == 3
 
 
 def test_interrupt_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,12 @@ def test_recovering_a_block_whose_parameters_are_still_sharded_is_noticed() -> N
     assert done.returncode != 0 and "in recover" in done.stderr, done.stderr
 
 
+def test_a_nested_backward_breaks_ddp() -> None:
+    """DDP averages what a block's node returns; a nested .backward() has written it by then."""
+    done = _run("nested")
+    assert done.returncode != 0 and "mark a variable ready only once" in done.stderr, done.stderr
+
+
 def test_sharding_that_cannot_work_is_refused(tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 

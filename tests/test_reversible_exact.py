@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from reversible_nets import WIDTH, Branch, Plain, assert_same, blocks, gradients, stored, two
 from torch import Tensor, nn
 
+import effkern
 from effkern.nn import (
     DualResidualBlock,
     DualResidualSchedule,
@@ -63,9 +66,17 @@ def test_without_exact_they_are_not() -> None:
 @pytest.mark.parametrize("wrong", ["truncated", "unrounded input"])
 def test_a_wrong_rounding_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "truncated":  # a grid that the sum of two of its numbers does not stay on
-        monkeypatch.setattr(_reversible_couplings, "round_to_grid", lambda x, q: x.float() * (1 + 2.0**-q))
+        right = _reversible_couplings.couple
+
+        def off_the_grid(f: Tensor, *streams: Tensor, q: int, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
+            out, kept, _ = right(f.float() * (1 + 2.0**-q), *(streams or (torch.zeros_like(f),)), **how)
+            return out, kept, out.abs().amax()
+
+        monkeypatch.setattr(_reversible_couplings, "couple", off_the_grid)
     else:
-        monkeypatch.setattr("effkern.nn.reversible_sequence.straight_through_grid", lambda x, q: x)
+        monkeypatch.setattr(
+            "effkern.nn.reversible_sequence.straight_through_grid", lambda x, q: (x, x.detach().abs().amax())
+        )
     assert _mismatches(ReversibleSequence(blocks(12, 32), exact=14, overlap=False), torch.randn(16, 32)) > 0
 
 
@@ -92,7 +103,10 @@ def test_exact_gradients_are_those_of_the_rounded_stack(dtype: torch.dtype) -> N
     y1, y2 = net(x)
     assert y1.dtype == torch.float32
     found = torch.autograd.grad((y1 * y2).sum(), [x, *net.parameters()])
-    grid = _reversible_couplings.straight_through_grid
+
+    def grid(t: Tensor, q: int) -> Tensor:
+        return _reversible_couplings.straight_through_grid(t, q)[0]
+
     a = b = grid(x, q)
     for block in net.blocks:
         a = a + grid(block.f(b), q)
@@ -124,6 +138,63 @@ def test_overflow_names_the_block(value: float) -> None:
         net(torch.full((1, WIDTH), 2.0))
     with pytest.raises(RuntimeError, match="the input has"):
         ReversibleSequence(parts, exact=14)(torch.full((1, WIDTH), value))
+
+
+def test_the_range_of_every_kind_of_block_is_looked_at() -> None:
+    """Without another pass over the states: the couplings say it."""
+    parts = [
+        *blocks(1),
+        DualResidualBlock(Plain(), 0.5, 1.0),
+        ReversibleTransition(Plain(), Scale(3.0)),
+        DualResidualBlock(Plain(), 1.0, 1.0),
+    ]
+    net, x = ReversibleSequence(parts, exact=14), torch.randn(3, WIDTH)
+    seen: list[list[Tensor]] = []
+    found: list[Tensor] = []
+    net._check_range = lambda q, ranges: found.extend(ranges)  # type: ignore[method-assign]
+    for block in parts:
+        block.register_forward_hook(lambda _, args, out: seen.append([t.detach() for t in out]))
+    for grad in (True, False):
+        seen.clear(), found.clear()
+        with torch.set_grad_enabled(grad):
+            net(x)
+        # The second output of a dual-residual block is an input, which has been looked at before.
+        made = [
+            state if block is parts[2] or block is parts[0] else state[:1]
+            for block, state in zip(parts, seen)
+        ]
+        expected = [x.abs().max(), *(torch.stack([t.abs().max() for t in state]).max() for state in made)]
+        assert len(found) == 5
+        for a, e in zip(found, expected):
+            assert (a - e).abs() <= 2.0**-14
+
+
+@pytest.mark.parametrize("exact", [None, 14])
+def test_images_keep_their_layout(exact: int | None) -> None:
+    """Convolutions whose channels lie together get states whose channels lie together."""
+    convs = [nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last) for _ in range(3)]
+    parts = [ReversibleBlock(*convs[:2]), DualResidualBlock(convs[2], 0.5, 1.0)]
+    net = ReversibleSequence(parts, exact=exact, anchors=None, error_budget=1.0)
+    x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    outs = net(x)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outs)
+    found = torch.autograd.grad(sum(y.square().sum() for y in outs), [x, *net.parameters()])
+    plain = x.detach().contiguous().requires_grad_()
+    expected = torch.autograd.grad(
+        sum(y.square().sum() for y in stored(parts, plain, plain)), [plain, *net.parameters()]
+    )
+    assert_same(found, expected, 1e-2 if exact else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dual_streams_narrower_than_their_branch(dtype: torch.dtype) -> None:
+    """The inverse gives each stream back in its own dtype."""
+    coupling = _reversible_couplings.Dual(0.5, 0.5)
+    x, y, f = torch.randn(50).to(dtype), torch.randn(50).to(dtype), torch.randn(50)
+    out, kept = coupling.forward(lambda slot, x: f, (x, y))
+    assert out.dtype == torch.float32 and kept.dtype == dtype
+    found = coupling.inverse(lambda slot, x: f, (out, kept), (dtype, dtype))
+    assert torch.equal(found[0], x) and torch.equal(found[1], y)
 
 
 def test_exact_auto_refuses_values_that_leave_no_grid() -> None:
@@ -231,20 +302,35 @@ def test_exact_through_a_transition() -> None:
 
 def test_schedule_moves_alpha_and_beta() -> None:
     net = ReversibleSequence([*_dual(2, 0.0, 1.0), *blocks(1)])
-    schedule = DualResidualSchedule(net, 4)
+    schedule = DualResidualSchedule(net, 4, start=(1.0, 0.1))
     seen = [(net.blocks[0].alpha, net.blocks[1].beta)]
     seen += [schedule.step() for _ in range(5)]
     assert (
         seen[0] == (1.0, 0.1) and seen[2] == pytest.approx((0.65, 0.4)) and seen[4] == seen[5] == (0.3, 0.7)
     )
 
-    other = DualResidualSchedule(net, 1)
+    other = DualResidualSchedule(net, 1, start=(1.0, 0.0))
     other.load_state_dict(DualResidualSchedule(ReversibleSequence(_dual(1, 0, 1)), 7).state_dict())
-    assert other.steps == 7 and net.blocks[0].beta == 0.1
+    assert other.steps == 7 and net.blocks[0].beta == 1.0
     with pytest.raises(ValueError, match="no DualResidualBlock"):
         DualResidualSchedule(nn.Linear(1, 1), 3)
     with pytest.raises(ValueError, match=r"must be finite, got \(nan, 0\.5\)"):
         DualResidualBlock(Plain(), math.nan, 0.5)
+
+
+def test_schedule_starts_from_what_the_blocks_have() -> None:
+    net, x = ReversibleSequence(_dual(4, 1.0, 0.0)), torch.randn(3, WIDTH)
+    expected = net(x)[0]
+    schedule = DualResidualSchedule(net, 10)
+    assert torch.equal(net(x)[0], expected) and schedule.start == (1.0, 0.0)
+    assert schedule.step() == pytest.approx((0.93, 0.07))
+    net.blocks[2].beta = 0.5
+    with pytest.raises(
+        ValueError, match=r"no common pair or are at the end, \(0\.3, 0\.7\), already, got .*, 0\.5\)"
+    ):
+        DualResidualSchedule(net, 10)
+    with pytest.raises(ValueError, match="start must be given"):
+        DualResidualSchedule(ReversibleSequence(_dual(1, 0.3, 0.7)), 10)
 
 
 def test_schedule_between_forward_and_backward_changes_nothing() -> None:
@@ -253,5 +339,83 @@ def test_schedule_between_forward_and_backward_changes_nothing() -> None:
     x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     loss = sum(y.square().sum() for y in net(x, x))
     expected = torch.autograd.grad(sum(y.square().sum() for y in stored(net.blocks, x, x)), x)
-    DualResidualSchedule(net, 2)
+    DualResidualSchedule(net, 2, start=(1.0, 0.1))
+    assert net.blocks[0].beta == 0.1
     assert_same(torch.autograd.grad(loss, x), expected)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "cpu", "reference"])
+def test_a_forced_backend_that_couplings_lack_does_not_stop_a_stack(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user forces what runs the ops of the sub-blocks; couplings are then PyTorch's own operations."""
+    parts = [*blocks(2), DualResidualBlock(Plain(), 0.5, 1.0)]
+    x, ran = torch.randn(3, WIDTH), []
+    right = _reversible_couplings.couple
+
+    def noted(*args: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = right(*args, **how)
+        ran.append(effkern.backends.last().partition("/")[0])
+        return found
+
+    monkeypatch.setattr(_reversible_couplings, "couple", noted)
+    for dtype, exact in ((torch.float32, 14), (torch.float32, None), (torch.float64, None)):
+        net = ReversibleSequence(parts, exact=exact, overlap=True).to(dtype)
+        _, expected = gradients(net, net, [x.to(dtype)])
+        ran.clear()
+        with effkern.backends.force(name):
+            _, found = gradients(net, net, [x.to(dtype)])
+        assert_same(found, expected, 0)
+        serves = name in effkern.backends.would_work("coupling", "cpu", dtype, {})
+        assert set(ran) == {f"coupling:{name if serves else 'reference'}"}
+    with effkern.backends.force("cuda"), pytest.raises(effkern.backends.Unavailable):
+        effkern.coupling(x, q=3)  # called by name it is an op like any other
+
+
+def _relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest error of each tensor against its largest entry, of all the largest."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+
+
+def test_streams_stay_wide_after_a_transition_under_autocast() -> None:
+    """Products are bfloat16 there; streams that were would be recovered with its roundings."""
+    transition, parts = ReversibleTransition(nn.Linear(WIDTH, WIDTH)), _dual(16, 0.3, 0.7)
+    net = ReversibleSequence([transition, *parts])
+    x = torch.randn(16, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(x)
+        expected = stored(parts, transition.f(x).float(), transition.f(x).float())
+    assert [y.dtype for y in found] == [torch.float32] * 2
+    losses = [(y1 * y2).sum() for y1, y2 in (found, expected)]
+    assert _relative(*(torch.autograd.grad(loss, list(net.parameters())) for loss in losses)) < 0.02
+
+
+class Narrow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+def test_anchors_know_the_dtype_of_every_stage() -> None:
+    """A transition may narrow the streams on purpose; then more states are stored from there on, and only there."""
+    wide, narrow = _dual(6, 0.3, 0.7), [block.bfloat16() for block in _dual(6, 0.3, 0.7)]
+    parts = [*wide, ReversibleTransition(Narrow()), *narrow]
+    x = torch.randn(16, WIDTH)
+    y1, y2 = ReversibleSequence(parts)(x, x)
+    assert [step.stored for step in y1.grad_fn.tape.steps] == [False] * 6 + [True] * 7
+    weights = [p for part in parts for p in part.parameters()]
+    found = torch.autograd.grad((y1 * y2).sum(), weights)
+    y1, y2 = stored(parts, x, x)
+    assert _relative(found, torch.autograd.grad((y1 * y2).sum(), weights)) < 0.1  # both round to bfloat16
+    with pytest.raises(ValueError, match=r"input of block 12 would be .* in torch\.bfloat16.* and 1 blocks"):
+        ReversibleSequence(parts, anchors=[1])(x)
+
+
+def test_a_block_that_cannot_be_undone_stores_its_inputs() -> None:
+    """With beta = 0 nothing of x is kept, so a block alone has nothing to recover it from."""
+    block = DualResidualBlock(Branch(), 1.0, 0.0).double()
+    x = two(3, WIDTH)
+    _, found = gradients(block, block, x)
+    _, expected = gradients(lambda *a: stored([block], *a), block, x)
+    assert_same(found, expected)
+    with pytest.raises(ValueError, match="block 0 would be recovered with an error of inf"):
+        ReversibleSequence([block], anchors=None, error_budget=math.inf)(*x)

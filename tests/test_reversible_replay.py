@@ -11,7 +11,7 @@ from reversible_nets import WIDTH, assert_same, blocks
 from torch import Tensor, nn
 
 import effkern
-from effkern.nn import ReversibleBlock, ReversibleSequence, _reversible_engine, _reversible_replay
+from effkern.nn import ReversibleBlock, ReversibleSequence, _reversible_replay, _reversible_step
 
 
 class Stored(nn.Module):
@@ -47,7 +47,7 @@ def test_dropout_masks_are_those_of_the_forward_pass(overlap: bool) -> None:
 
 
 def test_dropout_masks_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_reversible_engine, "replayed_rng", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(_reversible_step, "replayed_rng", lambda *_: contextlib.nullcontext())
     with pytest.raises(AssertionError):
         _dropout_error(False)
 
@@ -73,7 +73,7 @@ def test_a_generator_that_is_seeded_again_is_noticed(monkeypatch: pytest.MonkeyP
             _reversible_replay.set_rng_state(states)
         yield
 
-    monkeypatch.setattr(_reversible_engine, "replayed_rng", seeding)
+    monkeypatch.setattr(_reversible_step, "replayed_rng", seeding)
     net = ReversibleSequence(blocks(4, dropout=0.4), overlap=False)
     assert not torch.equal(_numbers_after_training(net), _numbers_after_training(Stored(net)))
 
@@ -142,7 +142,7 @@ def test_autocast_gradients_reach_every_parameter() -> None:
 def test_nested_backward_inside_a_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """.backward() in a block writes .grad, whatever torch.autograd.grad was asked for, and DDP sees it too early."""
 
-    def nested(self: _reversible_engine.Replay, slot: int, grad: Tensor) -> Tensor:
+    def nested(self: _reversible_step.Replay, slot: int, grad: Tensor) -> Tensor:
         leaf, out = self._graphs.pop(slot)
         out.backward(grad)
         return leaf.grad
@@ -151,7 +151,7 @@ def test_nested_backward_inside_a_block_is_noticed(monkeypatch: pytest.MonkeyPat
     x = torch.randn(3, WIDTH, requires_grad=True)
     torch.autograd.grad(sum(y.sum() for y in net(x)), x)
     assert all(p.grad is None for p in net.parameters())
-    monkeypatch.setattr(_reversible_engine.Replay, "_pull", nested)
+    monkeypatch.setattr(_reversible_step.Replay, "_pull", nested)
     torch.autograd.grad(sum(y.sum() for y in net(x)), x)
     assert not all(p.grad is None for p in net.parameters())
 

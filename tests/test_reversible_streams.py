@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from reversible_nets import WIDTH, Branch, assert_same, blocks, stored
-from stream_recorder import Event, Recorder
+from stream_recorder import Event, Recorder, Stream
 from torch import Tensor, nn
 
 import effkern
-from effkern.nn import DualResidualBlock, ReversibleSequence, _reversible_engine, _reversible_schedule
+from effkern.nn import DualResidualBlock, ReversibleSequence, _reversible_schedule, _reversible_step
 
+needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 Net = Callable[[int], tuple[list[nn.Module], Callable[..., object]]]
 
 
@@ -35,19 +36,20 @@ def checkpointed(depth: int) -> tuple[list[nn.Module], Callable[..., object]]:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    recover, gradients = _reversible_engine.Source.recover, _reversible_engine.Replay.gradients
+    recover, gradients = _reversible_step.Source.recover, _reversible_step.Replay.gradients
 
-    def recovering(self: _reversible_engine.Source) -> _reversible_engine.Replay:
+    def recovering(self: _reversible_step.Source) -> _reversible_step.Replay:
         with made.stretch(f"R{self.step.index}"):
             return recover(self)
 
-    def differentiating(self: _reversible_engine.Replay, grads: tuple[Tensor, ...]) -> object:
+    def differentiating(self: _reversible_step.Replay, grads: tuple[Tensor, ...]) -> object:
         with made.stretch(f"B{self.step.index}"):
             return gradients(self, grads)
 
-    monkeypatch.setattr(_reversible_engine.Source, "recover", recovering)
-    monkeypatch.setattr(_reversible_engine.Replay, "gradients", differentiating)
-    monkeypatch.setattr(_reversible_schedule, "choose", lambda *_: _reversible_schedule.TwoStreams(made))
+    monkeypatch.setattr(_reversible_step.Source, "recover", recovering)
+    monkeypatch.setattr(_reversible_step.Replay, "gradients", differentiating)
+    streams = made.patch(monkeypatch)
+    monkeypatch.setattr(_reversible_schedule, "choose", lambda *_: _reversible_schedule.TwoStreams(streams))
     return made
 
 
@@ -118,7 +120,7 @@ def _no_join(schedule: type[_reversible_schedule.TwoStreams]) -> object:
 
     def run(self, tape, here, before, grads):  # type: ignore[no-untyped-def]
         streams, right = self._streams, self._streams.wait
-        streams.wait = lambda stream, event: right(stream, event) if stream == "side" else None
+        streams.wait = lambda stream, event: right(stream, event) if stream.name == "side" else None
         try:
             return correct(self, tape, here, before, grads)
         finally:
@@ -154,16 +156,22 @@ def test_forgotten_waits_are_noticed(mutation, depths, recorder, monkeypatch) ->
         assert any("does not wait for" in fault for fault in _train(recorder, depth))
 
 
+def test_one_side_stream_serves_the_process(recorder: Recorder) -> None:
+    """A stream has a pool of memory of its own, which a new one for every step would leave behind."""
+    assert _train(recorder, 3) == [] and _train(recorder, 4) == []
+    assert recorder.sides == 1
+
+
 def test_memory_that_is_not_kept_is_noticed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "keep", lambda *_: None)
+    monkeypatch.setattr(_reversible_schedule.CudaStreams, "keep", lambda *_: None)
     assert any("is freed while" in fault for fault in _train(recorder, 4))
 
 
 def test_waits_of_the_host_are_noticed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(stream: str, event: Event) -> None:
+    def wait(self: _reversible_schedule.CudaStreams, stream: Stream, event: Event) -> None:
         event.synchronize()
 
-    monkeypatch.setattr(recorder, "wait", wait)
+    monkeypatch.setattr(_reversible_schedule.CudaStreams, "wait", wait)
     with pytest.raises(AssertionError, match="the host waits"):
         _train(recorder, 4)
 
@@ -175,3 +183,59 @@ def test_one_stream_after_the_other_is_no_overlap(
     monkeypatch.setattr(_reversible_schedule, "choose", lambda *_: _reversible_schedule.Schedule())
     assert _train(recorder, 3) == []
     assert recorder.marks["R1"][0].after(recorder.marks["B2"][1])
+
+
+def test_what_is_chosen_where() -> None:
+    """Two streams when asked for: nothing that has not run on hardware is automatic."""
+    kinds = {
+        (device, overlap): type(
+            _reversible_schedule.choose(torch.device(device), overlap, _reversible_schedule.Probe())
+        ).__name__
+        for device in ("cuda", "cpu", "meta")
+        for overlap in (True, False)
+    }
+    serial = dict.fromkeys([("cuda", False), ("cpu", False), ("meta", False), ("meta", True)], "Schedule")
+    assert kinds == {**serial, ("cuda", True): "TwoStreams", ("cpu", True): "Worker"}
+    automatic = _reversible_schedule.choose(torch.device("cuda"), "auto", _reversible_schedule.Probe())
+    assert type(automatic) is _reversible_schedule.Schedule
+
+
+@needs_device
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("net", [reversible, anchored, checkpointed])
+def test_two_streams_of_a_device_give_the_bits_of_one(net: Net, dropout: float) -> None:
+    """Many steps, with memory coming and going: a forgotten wait or memory reused too early shows at times."""
+    for depth in (1, 2, 5, 8):
+        parts, _ = net(depth)
+        for module in (m for part in parts for m in part.modules() if isinstance(m, nn.Dropout)):
+            module.p = dropout
+        modules = nn.ModuleList(parts).cuda()
+        x = torch.randn(4096, WIDTH, device="cuda")
+        found: dict[bool, list[list[Tensor]]] = {}
+        for overlap in (False, True):
+            found[overlap] = []
+            for step in range(10):
+                torch.manual_seed(step)
+                if net is checkpointed:
+                    loss = effkern.checkpoint_sequence(modules, x, overlap=overlap).square().sum()
+                else:
+                    stack = ReversibleSequence(modules, overlap=overlap, error_budget=1e-5)
+                    loss = sum(y.square().sum() for y in stack(x))
+                found[overlap].append(
+                    [g.clone() for g in torch.autograd.grad(loss, list(modules.parameters()))]
+                )
+                del loss
+        for one, two in zip(found[False], found[True], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@needs_device
+def test_the_host_of_a_device_never_waits() -> None:
+    net = ReversibleSequence(blocks(5), overlap=True).cuda()
+    x = torch.randn(64, WIDTH, device="cuda")
+    sum(y.square().sum() for y in net(x)).backward()  # what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sum(y.square().sum() for y in net(x)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

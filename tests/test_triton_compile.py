@@ -7,38 +7,29 @@ memory, shared memory within the architecture's limit, the tensor-core instructi
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import subprocess
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-_MISSING = (
-    "triton is not installed"
-    if importlib.util.find_spec("triton") is None
-    else "kernels are built for the interpreter (TRITON_INTERPRET=1)"
-    if os.environ.get("TRITON_INTERPRET") == "1"
-    else None
+from triton_aot import (
+    ASYNC_LOAD,
+    SHARED_LIMIT,
+    TENSOR_CORE,
+    TYPES,
+    Each,
+    Recorder,
+    atomics,
+    compile_call,
+    inspect,
+    needs_compiler,
+    record_kernels,
+    report,
 )
-pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-ASYNC_LOAD = {80: "LDGSTS", 90: "UTMALDG", 100: "UTMALDG"}
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
+pytestmark = needs_compiler
+
 PASSES = ["attention_forward_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel"]
 
 
@@ -64,38 +55,6 @@ CASES = [
 ]
 
 
-@dataclass
-class Compiled:
-    opcodes: Counter[str]
-    registers: int
-    stack: int
-    local: int
-    shared: int
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, calls: dict[str, Any], kernel: Any) -> None:
-        self.calls, self.kernel = calls, kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            self.calls[self.kernel.__name__] = (self.kernel, args, options)
-
-        return launch
-
-
-class Each(Recorder):
-    """Keeps every different launch, where one kernel serves several steps."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            self.calls[f"{self.kernel.__name__} {sorted(options.items())}"] = (self.kernel, args, options)
-
-        return launch
-
-
 def record(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Kernel name -> what the launchers launch on a machine of the case's architecture."""
     from effkern._triton import attention as launcher
@@ -113,66 +72,6 @@ def record(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return calls
 
 
-def compile_call(call: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: int) -> Any:
-    """What the just-in-time compiler would build for these arguments, ahead of time."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    kernel, args, given = call
-    options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
-    values = dict(zip(kernel.arg_names, args)) | {key: v for key, v in given.items() if key not in options}
-    assert set(values) == set(kernel.arg_names)
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            shape = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def inspect(built: Any, folder: Path) -> Compiled:
-    """Resource usage and opcodes of the machine code, by the tools that come with triton."""
-    from triton import knobs
-
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-
-    def tool(command: Any, *flags: str) -> str:
-        return subprocess.run(
-            [command.path, *flags, cubin], capture_output=True, text=True, check=True
-        ).stdout
-
-    usage = dict(
-        re.findall(r"(REG|STACK|LOCAL):(\d+)", tool(knobs.nvidia.cuobjdump, "--dump-resource-usage"))
-    )
-    code = tool(knobs.nvidia.nvdisasm, "-c")
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code))
-    return Compiled(
-        opcodes, int(usage["REG"]), int(usage["STACK"]), int(usage["LOCAL"]), built.metadata.shared
-    )
-
-
-def report(label: str, code: Compiled, arch: int) -> None:
-    kept = [TENSOR_CORE[arch], "HMMA", ASYNC_LOAD[arch], "WARPGROUP"]
-    counts = ", ".join(f"{code.opcodes[name]} {name}" for name in dict.fromkeys(kept) if code.opcodes[name])
-    print(f"{label}: {code.registers} registers, {code.stack} B stack, {code.shared} B shared, {counts}")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_machine_code(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = record(case, monkeypatch)
@@ -184,10 +83,7 @@ def test_machine_code(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             f"{label} spills: {code.stack} B of stack, {code.local} B local"
         )
         assert not code.opcodes["STL"] and not code.opcodes["LDL"], f"{label} touches local memory"
-        atomics = [
-            opcode for opcode in code.opcodes if opcode.startswith(("RED", "ATOMG")) and opcode != "REDUX"
-        ]
-        assert not atomics, f"{label} adds in no fixed order: {atomics}"
+        assert not atomics(code), f"{label} adds in no fixed order: {atomics(code)}"
         assert code.shared <= SHARED_LIMIT[case.arch], f"{label} takes {code.shared} B of shared memory"
         # Split fp32 operands go through registers, where tiles too small for warpgroup products use the older ones.
         wanted = [TENSOR_CORE[case.arch]] if case.dtype != torch.float32 else [TENSOR_CORE[case.arch], "HMMA"]
@@ -226,9 +122,7 @@ def test_general_machine_code(
     monkeypatch.setattr(
         launcher.kernels, "attention_delta_kernel", Recorder(calls, launcher.kernels.attention_delta_kernel)
     )
-    kernels = launcher.general.kernels
-    for kernel in [k for k in vars(kernels) if k.startswith("attention_general") and k.endswith("_kernel")]:
-        monkeypatch.setattr(kernels, kernel, Recorder(calls, getattr(kernels, kernel)))
+    record_kernels(launcher.general.kernels, calls, monkeypatch)
     q, k, v = (torch.zeros(2, h, 512, dim, dtype=torch.bfloat16) for h in (8, 2, 2))
     options = GENERAL[name]
     out, lse = launcher.forward(q, k, v, None, None, None, True, False, **options)
@@ -246,9 +140,7 @@ def test_general_machine_code(
         )
         assert code.shared <= SHARED_LIMIT[arch], f"{label} takes {code.shared} B of shared memory"
         assert code.opcodes[TENSOR_CORE[arch]] or code.opcodes["HMMA"], f"{label} has no tensor core product"
-        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
-            f"{label} has atomics"
-        )
+        assert not atomics(code), f"{label} has atomics"
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -321,8 +213,7 @@ def record_monarch(case: Monarch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: dict[str, Any] = {}
 
     monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
-    for name in [k for k in vars(launcher.kernels) if k.startswith("monarch") and k.endswith("_kernel")]:
-        monkeypatch.setattr(launcher.kernels, name, Each(calls, getattr(launcher.kernels, name)))
+    record_kernels(launcher.kernels, calls, monkeypatch, Each)
     k, q, p, l, s, r = case.sizes
     x = torch.empty(case.tokens, k * p, dtype=case.dtype)
     w1, w2 = torch.empty(k, q, p, dtype=case.dtype), torch.empty(l, s, r, dtype=case.dtype)
@@ -346,9 +237,7 @@ def test_monarch_machine_code(case: Monarch, monkeypatch: pytest.MonkeyPatch, tm
         report(label, code, case.arch)
         assert code.stack == 0 and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch], f"{label} takes {code.shared} B of shared memory"
-        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
-            f"{label} has atomics"
-        )
+        assert not atomics(code), f"{label} has atomics"
         if "unshuffle" in call[0].__name__:
             continue
         wanted = [TENSOR_CORE[case.arch]] if case in MONARCH else [TENSOR_CORE[case.arch], "HMMA"]
@@ -390,8 +279,7 @@ def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch,
 
     calls: dict[str, Any] = {}
     monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
-    for name in [k for k in vars(launcher.kernels) if k.startswith("long_conv") and k.endswith("_kernel")]:
-        monkeypatch.setattr(launcher.kernels, name, Recorder(calls, getattr(launcher.kernels, name)))
+    record_kernels(launcher.kernels, calls, monkeypatch)
     u = torch.zeros(2, 16, case.length, dtype=case.dtype)
     k = torch.zeros(*((16,) if case.causal else (16, 2)), case.length)
     extra = (torch.zeros(16), u, u) if case.gated else (None, None, None)
@@ -407,9 +295,7 @@ def test_long_conv_machine_code(case: LongConv, monkeypatch: pytest.MonkeyPatch,
         assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
         assert code.opcodes["HMMA"], f"{label} has no tensor core product"
-        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
-            f"{label} has atomics"
-        )
+        assert not atomics(code), f"{label} has atomics"
 
 
 LONG_CONV_PASSES = [
@@ -431,8 +317,7 @@ def test_long_conv_passes_machine_code(
 
     calls: dict[str, Any] = {}
     monkeypatch.setattr(launcher, "architecture", lambda device: case.arch)
-    for name in [k for k in vars(passes.kernels) if k.startswith("long_conv") and k.endswith("_kernel")]:
-        monkeypatch.setattr(passes.kernels, name, Each(calls, getattr(passes.kernels, name)))
+    record_kernels(passes.kernels, calls, monkeypatch, Each)
     u = torch.zeros(2, 1, case.length, dtype=case.dtype)
     k = torch.zeros(*((1,) if case.causal else (1, 2)), case.length)
     extra = (torch.zeros(1), u, u) if case.gated else (None, None, None)
@@ -448,9 +333,7 @@ def test_long_conv_passes_machine_code(
         assert code.stack <= spilled and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= SHARED_LIMIT[case.arch] // 4, f"{label} takes {code.shared} B of shared memory"
         assert code.opcodes["HMMA"], f"{label} has no tensor core product"
-        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
-            f"{label} has atomics"
-        )
+        assert not atomics(code), f"{label} has atomics"
 
 
 @dataclass(frozen=True)
@@ -484,8 +367,7 @@ def test_short_conv_machine_code(case: ShortConv, monkeypatch: pytest.MonkeyPatc
 
     calls: dict[str, Any] = {}
 
-    for name in [k for k in vars(launcher.kernels) if k.startswith("short_conv") and k.endswith("_kernel")]:
-        monkeypatch.setattr(launcher.kernels, name, Each(calls, getattr(launcher.kernels, name)))
+    record_kernels(launcher.kernels, calls, monkeypatch, Each)
     batch, channels, length, taps = case.shape
     x = torch.zeros(batch, channels, length, dtype=case.dtype)
     weight = torch.zeros(channels, taps)
@@ -499,6 +381,53 @@ def test_short_conv_machine_code(case: ShortConv, monkeypatch: pytest.MonkeyPatc
         report(label, code, case.arch)
         assert code.stack == 0 and code.local == 0, f"{label} spills: {code.stack} B"
         assert code.shared <= 4096, f"{label} takes {code.shared} B of shared memory"
-        assert not [o for o in code.opcodes if o.startswith(("RED", "ATOMG")) and o != "REDUX"], (
-            f"{label} has atomics"
-        )
+        assert not atomics(code), f"{label} has atomics"
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A call of the coupling's launcher: streams of a dtype, a sub-block's output of another, and what is asked for."""
+
+    arch: int
+    dtype: torch.dtype = torch.bfloat16
+    streams: torch.dtype = torch.float32
+    q: int | None = None
+    keep: float | None = None
+    subtract: bool = False
+    terms: int = 3  # f, y, x
+
+    def __str__(self) -> str:
+        kind = f"{'grid' if self.q else 'plain'}{'-kept' if self.keep else ''}{'-undone' if self.subtract else ''}"
+        return f"sm{self.arch}-{TYPES[self.dtype]}-{TYPES[self.streams]}-{self.terms}-{kind}"
+
+
+COUPLING = [
+    *(Coupling(arch, q=14) for arch in SHARED_LIMIT),
+    *(Coupling(arch, keep=0.7) for arch in SHARED_LIMIT),
+    Coupling(90, q=14, subtract=True, terms=2),
+    Coupling(90, q=14, terms=1),
+    Coupling(90, torch.float32),
+    Coupling(90, torch.float16, torch.float16, subtract=True),
+]
+
+
+@pytest.mark.parametrize("case", COUPLING, ids=str)
+def test_coupling_machine_code(case: Coupling, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing spills, no atomics, whole vectors of numbers at a time, and no product fused with a sum, whose bits would
+    not be those of the CPU."""
+    from effkern._triton import coupling as launcher
+
+    calls: dict[str, Any] = {}
+    kernel = launcher.kernels.coupling_kernel
+    monkeypatch.setattr(launcher.kernels, "coupling_kernel", Recorder(calls, kernel))
+    f = torch.zeros(4, 1024, dtype=case.dtype)
+    y, x = (torch.zeros(4, 1024, dtype=case.streams) if there < case.terms else None for there in (1, 2))
+    dtype = torch.float32 if case.q or case.dtype != case.streams else case.dtype
+    launcher.couple(f, y, x, 0.3, 1.0, case.subtract, case.q, case.keep, dtype)
+    built = compile_call(calls["coupling_kernel"], case.arch)
+    code = inspect(built, tmp_path)
+    report(f"coupling_kernel {case}", code, case.arch)
+    assert code.stack == 0 and code.local == 0 and code.shared <= 4096
+    assert not atomics(code)
+    assert not code.opcodes["FFMA"], "fused products"
+    assert ".v4." in built.asm["ptx"], "loads numbers one by one"

@@ -25,13 +25,16 @@ class Baseline:
 
     A baseline may have weights of its own: `prepare` makes its arguments from the inputs, outside the timed interval.
     Its gradients are then those of its arguments; `results` says which of the oracle's gradients each one is, None for
-    none.
+    none. One that `accumulates` has its gradients in `.grad` after `backward()`, where `torch.autograd.grad` does not
+    look. A call that takes very long is timed `once`.
     """
 
     call: Call
     context: Context = contextlib.nullcontext
     prepare: Callable[..., tuple[Any, ...]] | None = None
     results: tuple[int | None, ...] | None = None
+    accumulates: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Case(ABC):
 
     family = ""
     op = ""
+    tensors_only = False  # the peak is that of torch's tensors, to the byte, and not that of the process
 
     @property
     @abstractmethod
@@ -89,6 +93,10 @@ class Case(ABC):
     @abstractmethod
     def bytes(self, pass_: str) -> float: ...
 
+    def included(self, device: torch.device) -> bool:
+        """Whether a run times the case on `device` though nobody asked for it by name."""
+        return True
+
     @abstractmethod
     def tiny(self) -> Case:
         """The same op on so small a shape that a call is host overhead and little else."""
@@ -102,9 +110,14 @@ def discover() -> list[Case]:
 
 
 def choose(
-    cases: Sequence[Case], *, full: bool, families: Sequence[str] = (), pattern: str | None = None
+    cases: Sequence[Case],
+    *,
+    full: bool,
+    device: torch.device,
+    families: Sequence[str] = (),
+    pattern: str | None = None,
 ) -> list[tuple[Case, str]]:
-    """The (case, pass) pairs of a run. A pattern looks through all cases, quick or not."""
+    """The (case, pass) pairs of a run on `device`. A pattern looks through all cases, included or not."""
     known = {case.family for case in cases}
     for family in families:
         if family not in known:
@@ -114,6 +127,8 @@ def choose(
         if families and case.family not in families:
             continue
         if pattern is not None and not fnmatchcase(case.name, pattern):
+            continue
+        if pattern is None and not case.included(device):
             continue
         wanted = case.passes if full or pattern is not None else case.quick
         pairs += [(case, pass_) for pass_ in wanted]

@@ -1,4 +1,9 @@
-"""Differentiable k-means of a linear layer's weight against the same iterations under autograd."""
+"""Differentiable k-means of a linear layer's weight against the same iterations under autograd, and coremltools.
+
+coremltools' layer computes the same function here: same start, same temperature of the same squared distances, all
+iterations; `effkern.bench.rivals` says what had to be switched off for that. In bfloat16 its centroids are bfloat16
+too. Its error stands in its rows.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,14 @@ from torch import Tensor
 
 import effkern
 from effkern.ops.dkm import dkm_bytes, dkm_flops
-from effkern.reference import dkm as reference
 
+from .. import rivals
+from ..dkm_plain import chunked, unrolled
+from ..memory import available_bytes
 from . import Baseline, Call, Case, Oracle
 
 SIZE = 0.02  # of a weight
+LARGE = 1 << 22  # weights from which on coremltools takes ten seconds or more, and is timed once
 
 
 @dataclass(frozen=True)
@@ -53,32 +61,40 @@ class DkmCase(Case):
 
         return call
 
-    def _composed(self, weight: Tensor) -> Tensor:
-        """What the paper's layer does, intermediates in the weight's dtype."""
-        temperature = self._options()["temperature"]
-        column, centroids = weight.reshape(-1, 1), self._start(weight.device).to(weight.dtype)
-        for _ in range(self.iterations):
-            shares = torch.softmax(-(column - centroids).square() / temperature, 1)
-            centroids = (shares * column).sum(0) / shares.sum(0)
-        return (shares @ centroids).reshape(weight.shape)
+    def _plain(self, weight: Tensor) -> Tensor:
+        return unrolled(weight, self._start(weight.device), **self._options())
+
+    def _fits(self, device: torch.device, pass_: str, kept: int = 2) -> bool:
+        """Whether the unrolled iterations do: `kept` tensors of weights x clusters each are kept, and some more come
+        and go; a backward that is timed alone keeps the graphs of two input sets."""
+        shares = self.rows * self.columns * 2**self.bits * self.dtype.itemsize
+        held = 4 if pass_ == "forward" else kept * self.iterations + 4
+        return shares * held * (2 if pass_ == "backward" else 1) < 0.6 * available_bytes(device)
 
     def baselines(self, device: torch.device, pass_: str, full: bool) -> dict[str, Baseline]:
-        return {"autograd": Baseline(self._composed)}
+        found = {"autograd": Baseline(self._plain)} if self._fits(device, pass_) else {}
+        large = self.rows * self.columns > LARGE
+        if (
+            rivals.installed("coremltools")
+            and pass_ != "backward"
+            and (self.bits == 3 or not large)
+            and self._fits(device, pass_, kept=4)
+        ):
+            call = rivals.palettized(self._start(device), **self._options())
+            found["coremltools"] = Baseline(call, once=large)
+        return found
 
     def oracle(self, inputs: Sequence[Tensor], grad_out: Tensor | None) -> Oracle:
         (weight,) = (t.detach() for t in inputs)
-        options = self._options()
-        start = self._start(weight.device).reshape(1, -1, 1)
-        given = (options["temperature"], self.iterations, 0.0, 1, 1)
-        with torch.no_grad():
-            exact, *saved = reference.dkm_iterate(weight.double(), start, *given)
+        start, options = self._start(weight.device), self._options()
+        exact = chunked(weight.double(), start, **options, grad_out=grad_out)
+        if self._fits(weight.device, "forward" if grad_out is None else "both"):
+            leaf = weight.requires_grad_(grad_out is not None)
+            plain = self._plain(leaf)
             if grad_out is not None:
-                passed = (grad_out.double(), weight.double(), *saved, options["temperature"], 1, 1)
-                exact = reference.dkm_backward(*passed)
-        leaf = weight.requires_grad_(grad_out is not None)
-        plain = self._composed(leaf)
-        if grad_out is not None:
-            (plain,) = torch.autograd.grad(plain, leaf, grad_out)
+                (plain,) = torch.autograd.grad(plain, leaf, grad_out)
+        else:
+            plain = chunked(weight, start, **options, grad_out=grad_out)
         return Oracle(lambda tensors: [t.detach() for t in tensors], [exact], [plain], "all")
 
     def _count(self, formula: Any, pass_: str) -> float:
@@ -101,9 +117,12 @@ def cases() -> list[Case]:
     found: list[Case] = []
     passes = ("forward", "backward", "both")
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        found += [
-            DkmCase(f"dkm/1024/3bit/{short}", dtype, passes, ("forward", "both"), rows=1024, columns=1024),
-            DkmCase(f"dkm/4096/3bit/{short}", dtype, passes, ()),
-            DkmCase(f"dkm/1024/4bit/{short}", dtype, passes, (), rows=1024, columns=1024, bits=4),
-        ]
+        for bits in (2, 3, 4):
+            name = f"{bits}bit/{short}"
+            quick = ("forward", "both") if bits == 3 else ()
+            found += [
+                DkmCase(f"dkm/1024/{name}", dtype, passes, quick, rows=1024, columns=1024, bits=bits),
+                DkmCase(f"dkm/4096/{name}", dtype, passes, (), bits=bits),
+                DkmCase(f"dkm/4096x11008/{name}", dtype, passes, (), columns=11008, bits=bits),
+            ]
     return found

@@ -7,9 +7,17 @@
 namespace effkern {
 namespace {
 std::atomic<const char*> last_path{""};
+std::atomic<int64_t> last_detail{0};
 }  // namespace
 
-void trace_record(const char* path) { last_path.store(path, std::memory_order_release); }
+void trace_record(const char* path) {
+  last_detail.store(0, std::memory_order_relaxed);
+  last_path.store(path, std::memory_order_release);
+}
+
+void trace_detail(int64_t detail) { last_detail.store(detail, std::memory_order_relaxed); }
+
+int64_t trace_last_detail() { return last_detail.load(std::memory_order_relaxed); }
 
 void trace_record_copy(const std::string& path) {
   static std::mutex mutex;

@@ -7,19 +7,20 @@ namespace effkern {
 namespace EFFKERN_UNIT {
 
 // cbar^T_j = sum_i a_ij g_i.
-template <class T, int D>
-static void collect_chunk(const dkm::Chunk& chunk, const float* before, float* sums) {
-  const T* weight = static_cast<const T*>(chunk.weight);
+template <class T, class Block>
+static void collect_chunk(const dkm::Chunk& chunk, const dkm::Centroids& before, double* sums) {
+  constexpr int D = Block::D;
   const T* grad = static_cast<const T*>(chunk.grad);
-  float* powers = chunk.scratch;
-  float* running = powers + 2 * chunk.clusters * kBlock;
+  const Scratch scratch = scratch_of(chunk);
+  float *powers = scratch.powers, *running = scratch.running;
   memset(running, 0, chunk.clusters * D * kLanes * sizeof(float));
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
     const int64_t live = min64(kBlock, chunk.end - at);
-    Vec w[D][kRows], g[D][kRows], inverse[kRows];
-    load_block<D>(weight + at * D, live, w);
+    Block block;
+    Vec g[D][kRows], inverse[kRows];
+    block.template load<T>(chunk, at, live);
     load_block<D>(grad + at * D, live, g);  // zeros behind the live ones
-    assign<D>(w, before, chunk.clusters, chunk.sharpness, powers, inverse);
+    block.assign(chunk, before, scratch, inverse);
     EFFKERN_PLANES EFFKERN_ROWS g[d][r] = vmul(g[d][r], inverse[r]);
     for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_PLANES {
         float* mine = running + (j * D + d) * kLanes;
@@ -31,113 +32,126 @@ static void collect_chunk(const dkm::Chunk& chunk, const float* before, float* s
   add_lanes(running, chunk.clusters * D, sums);
 }
 
-// h of one cluster and row: q (w - c), `counts` times, and g c where the output's gradient enters.
+// h of one cluster and row: q (w - c), and g (c - w) where the output's gradient enters. That is g c but for a number
+// that all clusters share, and only differences between clusters matter: without it, they keep their digits.
 template <int D, bool kLast>
-EFFKERN_INLINE Vec pulled(const dkm::Step& step, int64_t j, int r, const Vec (&w)[D][kRows], const Vec (&g)[D][kRows],
-                          Vec counts) {
+EFFKERN_INLINE Vec pulled(const dkm::Step& step, int64_t j, int r, const Vec (&w)[D][kRows], const Vec (&g)[D][kRows]) {
   Vec sum = vzero();
   EFFKERN_PLANES {
-    const Vec gap = vsub(w[d][r], vbroadcast(step.after + j * D + d));
-    sum = vfma(gap, vbroadcast(step.pull + j * D + d), sum);
+    const Vec gap = gap_to(step.after, j * D + d, w[d][r]), pull = vbroadcast(step.pull + j * D + d);
+    const Vec force = kLast ? vsub(pull, g[d][r]) : pull;
+    sum = d == 0 ? vmul(gap, force) : vfma(gap, force, sum);
   }
-  sum = vmul(sum, counts);
-  if (kLast) EFFKERN_PLANES sum = vfma(g[d][r], vbroadcast(step.after + j * D + d), sum);
   return sum;
 }
 
-// cbar^(t-1)_j = 2 / temperature sum_i a_ij (h_ij - H_i) (w_i - p_j).
-template <class T, int D, bool kLast>
-static void reverse_chunk(const dkm::Chunk& chunk, const dkm::Step& step, float* sums) {
-  const T* weight = static_cast<const T*>(chunk.weight);
+// One iteration of a block from behind. With kSums adds to `running` what reaches c^(t-1) from so many vectors a lane,
+//   cbar^(t-1)_j = 2 / temperature sum_i a_ij (h_ij - H_i) (w_i - p_j),
+// and with kGradient to `out` the gradient of every vector; with both, counts are 1 and 0. Adds
+//   sum_j a_j q_j + 2 / temperature sum_j a_j (h_j - H) (p_j - P).
+template <bool kLast, bool kSums, bool kGradient, class Block, int D>
+EFFKERN_INLINE void step_back(const dkm::Chunk& chunk, const dkm::Step& step, const Block& block,
+                              const Vec (&g)[D][kRows], const Vec* counts, Vec (&out)[D][kRows]) {
+  const auto& w = block.w;
+  const Scratch scratch = scratch_of(chunk);
+  float *powers = scratch.powers, *pulls = scratch.pulls;
+  Vec inverse[kRows], mean[kRows], rest[kRows], centre[D][kRows], pull[D][kRows];  // centre: w - P
+  block.assign(chunk, step.before, scratch, inverse);
+  EFFKERN_ROWS mean[r] = vzero();
+  EFFKERN_PLANES EFFKERN_ROWS centre[d][r] = pull[d][r] = vzero();
+  for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_ROWS {
+      const Vec power = vload(powers + slot(j, r)), h = pulled<D, kLast>(step, j, r, w, g);
+      mean[r] = vfma(power, h, mean[r]);
+      vstore(pulls + slot(j, r), h);
+      if (kGradient) EFFKERN_PLANES {
+          centre[d][r] = vfma(power, gap_to(step.before, j * D + d, w[d][r]), centre[d][r]);
+          pull[d][r] = vfma(power, vbroadcast(step.pull + j * D + d), pull[d][r]);
+        }
+    }
+  EFFKERN_ROWS mean[r] = vmul(mean[r], inverse[r]);
+  EFFKERN_PLANES EFFKERN_ROWS centre[d][r] = vmul(centre[d][r], inverse[r]);
+  if (kGradient) EFFKERN_PLANES EFFKERN_ROWS out[d][r] = vfma(pull[d][r], inverse[r], out[d][r]);
+  // sum_j a_ij (h_ij - H_i) is 0, and what it is instead is the error of H_i: next to nothing beside h, but not
+  // beside the difference from H of a centroid that has nearly all of the weight.
+  EFFKERN_ROWS rest[r] = vzero();
+  if (kSums)
+    for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_ROWS {
+        rest[r] = vfma(vload(powers + slot(j, r)), vsub(vload(pulls + slot(j, r)), mean[r]), rest[r]);
+      }
+  EFFKERN_ROWS rest[r] = vmul(rest[r], inverse[r]);
+  EFFKERN_ROWS inverse[r] = vmul(inverse[r], vset(chunk.slope));
+  if (kSums) EFFKERN_ROWS inverse[r] = vmul(inverse[r], counts[r]);
+  for (int64_t j = 0; j < chunk.clusters; ++j) {
+    Vec moves[kRows];
+    EFFKERN_ROWS {
+      const Vec lean = vsub(vsub(vload(pulls + slot(j, r)), mean[r]), rest[r]);
+      moves[r] = vmul(vmul(vload(powers + slot(j, r)), inverse[r]), lean);
+    }
+    EFFKERN_PLANES {
+      Vec sum = vzero();
+      EFFKERN_ROWS {
+        const Vec gap = gap_to(step.before, j * D + d, w[d][r]);
+        if (kSums) sum = vfma(moves[r], gap, sum);
+        if (kGradient) out[d][r] = vfma(moves[r], vsub(centre[d][r], gap), out[d][r]);
+      }
+      float* mine = scratch.running + (j * D + d) * kLanes;
+      if (kSums) vstore(mine, vadd(vload(mine), sum));
+    }
+  }
+}
+
+// What reaches c^(t-1). With kFused also the iteration's part of the gradient, which the last one begins and the others
+// add to.
+template <class T, class Block, bool kLast, bool kFused>
+static void reverse_chunk(const dkm::Chunk& chunk, const dkm::Step& step, T* out, double* sums) {
+  constexpr int D = Block::D;
   const T* grad = static_cast<const T*>(chunk.grad);
-  float* powers = chunk.scratch;
-  float* pulls = powers + chunk.clusters * kBlock;
-  float* running = pulls + chunk.clusters * kBlock;
-  const Vec slope = vset(chunk.slope);
+  float* running = scratch_of(chunk).running;
   memset(running, 0, chunk.clusters * D * kLanes * sizeof(float));
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
     const int64_t live = min64(kBlock, chunk.end - at);
-    Vec w[D][kRows], g[D][kRows], counts[kRows], inverse[kRows], mean[kRows];
-    load_block<D>(weight + at * D, live, w);
-    if (kLast) load_block<D>(grad + at * D, live, g);
+    Block block;
+    Vec g[D][kRows], counts[kRows], made[D][kRows];
+    block.template load<T>(chunk, at, live);
     load_counts(chunk.counts, at, live, counts);
-    assign<D>(w, step.before, chunk.clusters, chunk.sharpness, powers, inverse);
-    EFFKERN_ROWS mean[r] = vzero();
-    for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_ROWS {
-        const Vec h = pulled<D, kLast>(step, j, r, w, g, counts[r]);
-        mean[r] = vfma(vload(powers + slot(j, r)), h, mean[r]);
-        vstore(pulls + slot(j, r), h);
-      }
-    EFFKERN_ROWS mean[r] = vmul(mean[r], inverse[r]);
-    EFFKERN_ROWS inverse[r] = vmul(inverse[r], slope);
-    for (int64_t j = 0; j < chunk.clusters; ++j) {
-      Vec moves[kRows];
-      EFFKERN_ROWS {
-        const Vec share = vmul(vload(powers + slot(j, r)), inverse[r]);
-        moves[r] = vmul(share, vsub(vload(pulls + slot(j, r)), mean[r]));
-      }
-      EFFKERN_PLANES {
-        float* mine = running + (j * D + d) * kLanes;
-        const Vec centroid = vbroadcast(step.before + j * D + d);
-        Vec sum = vzero();
-        EFFKERN_ROWS sum = vfma(moves[r], vsub(w[d][r], centroid), sum);
-        vstore(mine, vadd(vload(mine), sum));
-      }
+    if (kLast) {
+      load_block<D>(grad + at * D, live, g);
+      // Of equal vectors h is that of one, with the mean of their gradients.
+      if (chunk.counts) EFFKERN_PLANES EFFKERN_ROWS g[d][r] = vdiv(g[d][r], vmax(counts[r], vset(1.0f)));
+      EFFKERN_PLANES EFFKERN_ROWS made[d][r] = vzero();
+    } else if (kFused) {
+      load_block<D>(out + at * D, live, made);
     }
+    step_back<kLast, true, kFused>(chunk, step, block, g, counts, made);
+    if (kFused) store_block<D>(made, live, out + at * D);
   }
   add_lanes(running, chunk.clusters * D, sums);
 }
 
-// Adds the gradient of a block through one iteration: sum_j a_j q_j + 2 / temperature sum_j a_j (h_j - H) (p_j - P).
-template <int D, bool kLast>
-EFFKERN_INLINE void add_gradient(const dkm::Chunk& chunk, const dkm::Step& step, const Vec (&w)[D][kRows],
-                                 const Vec (&g)[D][kRows], Vec (&out)[D][kRows]) {
-  float* powers = chunk.scratch;
-  float* pulls = powers + chunk.clusters * kBlock;
-  Vec inverse[kRows], mean[kRows], centre[D][kRows];  // centre: w - P
-  assign<D>(w, step.before, chunk.clusters, chunk.sharpness, powers, inverse);
-  EFFKERN_ROWS mean[r] = vzero();
-  EFFKERN_PLANES EFFKERN_ROWS centre[d][r] = vzero();
-  for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_ROWS {
-      const Vec power = vload(powers + slot(j, r)), h = pulled<D, kLast>(step, j, r, w, g, vset(1.0f));
-      mean[r] = vfma(power, h, mean[r]);
-      EFFKERN_PLANES {
-        const Vec gap = vsub(w[d][r], vbroadcast(step.before + j * D + d));
-        centre[d][r] = vfma(power, gap, centre[d][r]);
-      }
-      vstore(pulls + slot(j, r), h);
-    }
-  EFFKERN_ROWS mean[r] = vmul(mean[r], inverse[r]);
-  EFFKERN_PLANES EFFKERN_ROWS centre[d][r] = vmul(centre[d][r], inverse[r]);
-  const Vec slope = vset(chunk.slope);
-  for (int64_t j = 0; j < chunk.clusters; ++j) EFFKERN_ROWS {
-      const Vec share = vmul(vload(powers + slot(j, r)), inverse[r]);
-      const Vec lean = vmul(slope, vsub(vload(pulls + slot(j, r)), mean[r]));
-      EFFKERN_PLANES {
-        const Vec gap = vsub(w[d][r], vbroadcast(step.before + j * D + d));
-        const Vec change = vfma(lean, vsub(centre[d][r], gap), vbroadcast(step.pull + j * D + d));
-        out[d][r] = vfma(share, change, out[d][r]);
-      }
-    }
-}
-
-template <class T, int D>
+// The gradient through `steps`; it is added to `out` unless the last iteration is one of them.
+template <class T, class Block>
 static void gradient_chunk(const dkm::Chunk& chunk, const dkm::Step* steps, int64_t count, void* out) {
-  const T* weight = static_cast<const T*>(chunk.weight);
+  constexpr int D = Block::D;
   const T* grad = static_cast<const T*>(chunk.grad);
+  T* to = static_cast<T*>(out);
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
     const int64_t live = min64(kBlock, chunk.end - at);
-    Vec w[D][kRows], g[D][kRows], sums[D][kRows];
-    load_block<D>(weight + at * D, live, w);
-    load_block<D>(grad + at * D, live, g);
-    EFFKERN_PLANES EFFKERN_ROWS sums[d][r] = vzero();
+    Block block;
+    Vec g[D][kRows], sums[D][kRows];
+    block.template load<T>(chunk, at, live);
+    if (steps[count - 1].last) {
+      load_block<D>(grad + at * D, live, g);
+      EFFKERN_PLANES EFFKERN_ROWS sums[d][r] = vzero();
+    } else {
+      load_block<D>(to + at * D, live, sums);
+    }
     for (int64_t t = 0; t < count; ++t) {
       if (steps[t].last)
-        add_gradient<D, true>(chunk, steps[t], w, g, sums);
+        step_back<true, false, true>(chunk, steps[t], block, g, nullptr, sums);
       else
-        add_gradient<D, false>(chunk, steps[t], w, g, sums);
+        step_back<false, false, true>(chunk, steps[t], block, g, nullptr, sums);
     }
-    store_block<D>(sums, live, static_cast<T*>(out) + at * D);
+    store_block<D>(sums, live, to + at * D);
   }
 }
 

@@ -1,4 +1,4 @@
-// A block of vectors in registers, and their assignment to the centroids. Included by the bodies.
+// A block of vectors in registers, and the scratch of a chunk. Included by the bodies.
 #pragma once
 
 #include "core/cpu/simd.h"
@@ -57,43 +57,30 @@ EFFKERN_INLINE void load_counts(const float* counts, int64_t at, int64_t live, V
 // Where cluster j's numbers for row r stand in a (clusters, kBlock) table.
 EFFKERN_INLINE int64_t slot(int64_t j, int r) { return (j * kRows + r) * kLanes; }
 
-// a_j is powers[j] times inverse. The nearest centroid's power is 1, so the sum is never 0.
-template <int D>
-EFFKERN_INLINE void assign(const Vec (&w)[D][kRows], const float* centroids, int64_t clusters, float sharpness,
-                           float* powers, Vec (&inverse)[kRows]) {
-  const Vec sharp = vset(sharpness);
-  Vec nearest[kRows], total[kRows];
-  EFFKERN_ROWS nearest[r] = vset(INFINITY);
-  EFFKERN_ROWS total[r] = vzero();
-  for (int64_t j = 0; j < clusters; ++j) {
-    EFFKERN_ROWS {
-      Vec square = vzero();
-      EFFKERN_PLANES {
-        const Vec gap = vsub(w[d][r], vbroadcast(centroids + j * D + d));
-        square = d == 0 ? vmul(gap, gap) : vfma(gap, gap, square);
-      }
-      const Vec distance = vmul(square, sharp);
-      nearest[r] = vmin(distance, nearest[r]);
-      vstore(powers + slot(j, r), distance);
-    }
+// Adds the lanes of each of `count` running sums, always in the same order.
+template <class Number>
+static void add_lanes(const Number* lanes, int64_t count, double* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sums[i] += static_cast<double>(lanes[i * kLanes + lane]);
   }
-  for (int64_t j = 0; j < clusters; ++j) {
-    EFFKERN_ROWS {
-      const Vec power = vexp2(vsub(nearest[r], vload(powers + slot(j, r))));
-      total[r] = vadd(total[r], power);
-      vstore(powers + slot(j, r), power);
-    }
-  }
-  EFFKERN_ROWS inverse[r] = vdiv(vset(1.0f), total[r]);
 }
 
-// Adds the lanes of each of `count` running sums, always in the same order.
-static void add_lanes(const float* lanes, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[i * kLanes + lane]);
-    sums[i] = static_cast<float>(sum);
-  }
+// A chunk's scratch: the powers, the distances (the backward pass's h once they are used), and running sums.
+struct Scratch {
+  float* powers;
+  double* distances;
+  float* pulls;
+  float* running;
+};
+
+static int64_t scratch_floats(int64_t clusters, int64_t dim) {
+  return clusters * (3 * kBlock + 2 * (1 + dim) * kLanes);
+}
+
+EFFKERN_INLINE Scratch scratch_of(const dkm::Chunk& chunk) {
+  float* room = chunk.scratch + chunk.clusters * kBlock;
+  return {chunk.scratch, reinterpret_cast<double*>(room), room, room + 2 * chunk.clusters * kBlock};
 }
 
 }  // namespace EFFKERN_UNIT

@@ -4,13 +4,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/count_codes.h"
 #include "core/parallel.h"
 
 namespace effkern::dkm {
 namespace {
 
 constexpr int64_t kStretch = 65536;     // weights of a task
-constexpr int64_t kMostTables = 8;      // of counts, 256 KiB each
 constexpr int64_t kSumBytes = 1 << 21;  // for all tables of gradient sums
 constexpr uint16_t kMinusZero = 0x8000;
 
@@ -18,9 +18,6 @@ template <class T>
 T* as(const Buffer& buffer) {
   return reinterpret_cast<T*>(buffer.data);
 }
-
-// [begin, end) of part `i` of `parts`.
-int64_t bound(int64_t count, int64_t parts, int64_t i) { return count / parts * i + std::min(count % parts, i); }
 
 template <class Body>
 void over_stretches(int64_t count, const Body& body) {
@@ -34,29 +31,14 @@ Codes::Codes(const Kernels& narrow, const void* weight, int64_t count)
     : kernels_(narrow),
       codes_(static_cast<const uint16_t*>(weight)),
       count_(count) {
-  // Integers: the parts may be as many as there are threads, the sums are the same.
-  const int64_t parts = std::max<int64_t>(1, std::min({kMostTables, thread_count(), count / kStretch}));
-  Buffer tables;
-  tables.reserve(parts * kCodes * 4);
-  parallel_tasks(parts, [&](int64_t part, int64_t) {
-    uint32_t* table = as<uint32_t>(tables) + part * kCodes;
-    memset(table, 0, kCodes * 4);
-    for (int64_t i = bound(count, parts, part); i < bound(count, parts, part + 1); ++i) ++table[codes_[i]];
-  });
+  const std::vector<int64_t> table = count_codes(codes_, count_);
   index_.reserve(kCodes * 2);
   uint16_t* index = as<uint16_t>(index_);
-  const uint32_t* table = as<uint32_t>(tables);
-  auto total = [&](int64_t code) {
-    uint64_t sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += table[part * kCodes + code];
-    return sum;
-  };
   std::vector<uint16_t> present;
   std::vector<float> counts;
-  const uint64_t negative_zeros = total(kMinusZero);
   for (int64_t code = 0; code < kCodes; ++code) {
-    uint64_t sum = code == kMinusZero ? 0 : total(code);
-    if (code == 0) sum += negative_zeros;
+    int64_t sum = code == kMinusZero ? 0 : table[code];
+    if (code == 0) sum += table[kMinusZero];
     index[code] = static_cast<uint16_t>(present.size());
     if (!sum) continue;
     present.push_back(static_cast<uint16_t>(code));
@@ -82,8 +64,8 @@ const float* Codes::grad_sums(const void* grad) {
   parallel_tasks(parts, [&](int64_t part, int64_t) {
     double* sums = as<double>(tables) + part * unique_;
     memset(sums, 0, unique_ * 8);
-    kernels_.sum_by_code(codes_, grad, bound(count_, parts, part), bound(count_, parts, part + 1), as<uint16_t>(index_),
-                         sums);
+    kernels_.sum_by_code(codes_, grad, bound_of_part(count_, parts, part), bound_of_part(count_, parts, part + 1),
+                         as<uint16_t>(index_), sums);
   });
   grads_.reserve(unique_ * 4);
   for (int64_t u = 0; u < unique_; ++u) {

@@ -7,9 +7,6 @@
 
 namespace effkern::dkm {
 
-// From how many weights a group is worth the tables.
-constexpr int64_t kWorthCodes = 32768;
-
 class Codes {
  public:
   // `narrow` are the kernels of the weights' dtype.

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "core/check.h"
+#include "core/count_codes.h"
 #include "core/cpu/isa.h"
 #include "core/parallel.h"
 #include "core/trace.h"
@@ -35,6 +36,8 @@ struct Shape {
   const Kernels& wide;
   int64_t group_bytes;
   bool by_code;
+
+  bool wide_numbers() const { return &kernels == &wide; }
 };
 
 // Errors in the words of effkern/ops/_dkm_checks.py.
@@ -42,18 +45,15 @@ void check_weight(const Tensor& weight, double temperature, int64_t iterations, 
   const ScalarType dtype = weight.scalar_type();
   EFFKERN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                 "dkm: weight must be float32, bfloat16 or float16, got ", dtype_name(dtype));
-  EFFKERN_CHECK(weight.dim() > 0, "dkm: weight must have at least one dimension, got shape ()");
+  EFFKERN_CHECK(weight.dim() > 0, "dkm: weight must have at least one axis, got shape ()");
   EFFKERN_CHECK(temperature > 0 && std::isfinite(temperature), "dkm: temperature must be positive and finite, got ",
                 temperature);
   EFFKERN_CHECK(iterations >= 1, "dkm: iterations must be at least 1, got ", iterations);
   EFFKERN_CHECK(dim == 1 || dim == 2 || dim == 4, "dkm: dim must be 1, 2 or 4, got ", dim);
-  EFFKERN_CHECK(groups >= 1, "dkm: groups must be at least 1, got ", groups);
-  EFFKERN_CHECK(weight.size(0) % groups == 0, "dkm: groups is ", groups, ", which does not divide weight's ",
-                weight.size(0), " rows");
-  EFFKERN_CHECK(weight.size(weight.dim() - 1) % dim == 0, "dkm: dim is ", dim, ", which does not divide weight's last ",
-                "axis of ", weight.size(weight.dim() - 1));
-  EFFKERN_CHECK(weight.numel() % (groups * dim) == 0, "dkm: groups of ", weight.size(0) / groups,
-                " rows do not hold whole vectors of dim ", dim);
+  EFFKERN_CHECK(groups >= 1 && weight.size(0) % groups == 0, "dkm: groups ", groups, " does not divide the ",
+                weight.size(0), " rows of weight");
+  const int64_t last = weight.size(weight.dim() - 1), run = weight.dim() > 1 ? last : last / groups;
+  EFFKERN_CHECK(run % dim == 0, "dkm: dim ", dim, " does not divide the last axis of weight, of size ", last);
 }
 
 Shape shape_of(const Tensor& weight, int64_t clusters, double temperature, int64_t iterations, double tolerance,
@@ -76,11 +76,13 @@ void over_groups(int64_t groups, const Body& body) {
   for (int64_t group = 0; group < groups; ++group) body(group);
 }
 
-bool run_group(const Shape& shape, const char* weight, float* trajectory, float* counts, int64_t* steps, char* out) {
+bool run_group(const Shape& shape, const char* weight, double* trajectory, float* counts, int64_t* steps, char* out,
+               std::atomic<int64_t>& mild) {
   const int64_t numbers = shape.options.clusters * shape.options.dim;
   if (!shape.by_code) {
     GroupPasses passes(shape.options, {&shape.kernels, weight, nullptr, nullptr, shape.vectors});
     *steps = passes.iterate(trajectory, counts);
+    mild += passes.mild();
     if (*steps < 0) return false;
     passes.emit(trajectory + (*steps - 1) * numbers, trajectory + *steps * numbers, out);
     return true;
@@ -89,6 +91,7 @@ bool run_group(const Shape& shape, const char* weight, float* trajectory, float*
   if (!codes.finite()) return false;
   GroupPasses passes(shape.options, codes.group(shape.wide, nullptr));
   *steps = passes.iterate(trajectory, counts);
+  mild += passes.mild();
   Buffer values;
   values.reserve(codes.values() * 4);
   passes.emit(trajectory + (*steps - 1) * numbers, trajectory + *steps * numbers, values.data);
@@ -108,54 +111,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dkm_cpu(const Tensor& weight_in, cons
   EFFKERN_CHECK(centroids_in.dim() == 3 && centroids_in.size(0) == groups && centroids_in.size(2) == dim,
                 "dkm: centroids must have shape (", groups, ", clusters, ", dim, "), got ", shape_string(centroids_in));
   const int64_t clusters = centroids_in.size(1);
-  EFFKERN_CHECK(1 <= clusters && clusters <= kMaxClusters, "dkm: centroids has ", clusters, " clusters, expected 1 to ",
-                kMaxClusters);
+  EFFKERN_CHECK(1 <= clusters && clusters <= kMaxClusters, "dkm: clusters of centroids must be between 1 and ",
+                kMaxClusters, ", got ", clusters);
   const Shape shape = shape_of(weight_in, clusters, temperature, iterations, tolerance, groups, dim);
   const Tensor weight = torch::stable::contiguous(weight_in), centroids = torch::stable::contiguous(centroids_in);
   const int64_t path_sizes[4] = {groups, iterations + 1, clusters, dim},
                 count_sizes[3] = {groups, iterations, clusters};
   Tensor out = torch::stable::new_empty(weight, weight.sizes(), weight.scalar_type());
-  Tensor trajectory = torch::stable::new_empty(weight, {path_sizes, 4}, ScalarType::Float);
+  Tensor trajectory = torch::stable::new_empty(weight, {path_sizes, 4}, ScalarType::Double);
   Tensor counts = torch::stable::new_empty(weight, {count_sizes, 3}, ScalarType::Float);
   Tensor steps = torch::stable::new_empty(weight, {path_sizes, 1}, ScalarType::Long);
   trace_record(shape.by_code ? shape.kernels.forward_codes_path : shape.kernels.forward_path);
 
   const float* start = static_cast<const float*>(centroids.const_data_ptr());
   EFFKERN_CHECK(std::all_of(start, start + centroids.numel(), [](float x) { return std::isfinite(x); }),
-                "dkm: centroids contains NaN or infinity");
+                "dkm: centroids has entries that are not finite");
   const char* data = static_cast<const char*>(weight.const_data_ptr());
   char* out_data = static_cast<char*>(out.mutable_data_ptr());
   prefer_huge_pages(out_data, shape.group_bytes * groups);
-  float* path_data = static_cast<float*>(trajectory.mutable_data_ptr());
+  double* path_data = static_cast<double*>(trajectory.mutable_data_ptr());
   float* count_data = static_cast<float*>(counts.mutable_data_ptr());
   int64_t* step_data = static_cast<int64_t*>(steps.mutable_data_ptr());
   const int64_t numbers = clusters * dim;
+  std::atomic<int64_t> mild{0};
   std::atomic<bool> finite{true};  // an exception must not leave a thread of the pool
   over_groups(groups, [&](int64_t group) {
-    float* path = path_data + group * (iterations + 1) * numbers;
+    double* path = path_data + group * (iterations + 1) * numbers;
     std::copy_n(start + group * numbers, numbers, path);
     if (!run_group(shape, data + group * shape.group_bytes, path, count_data + group * iterations * clusters,
-                   step_data + group, out_data + group * shape.group_bytes))
+                   step_data + group, out_data + group * shape.group_bytes, mild))
       finite = false;
   });
-  EFFKERN_CHECK(finite, "dkm: weight contains NaN or infinity");
+  trace_detail(mild);
+  EFFKERN_CHECK(finite, "dkm: weight has entries that are not finite");
   return {out, trajectory, counts, steps};
 }
 
-void run_group_backward(const Shape& shape, const char* grad, const char* weight, const float* trajectory,
-                        const float* counts, int64_t steps, char* out) {
+void run_group_backward(const Shape& shape, const char* grad, const char* weight, const double* trajectory,
+                        const float* counts, int64_t steps, char* out, std::atomic<int64_t>& mild) {
   const int64_t numbers = shape.options.clusters * shape.options.dim;
-  Buffer pulls;
-  pulls.reserve(steps * numbers * 4);
-  float* pull_data = reinterpret_cast<float*>(pulls.data);
   if (!shape.by_code) {
     GroupPasses passes(shape.options, {&shape.kernels, weight, grad, nullptr, shape.vectors});
-    passes.gradient(passes.reverse(trajectory, counts, steps, pull_data), out);
+    passes.gradient(passes.reverse(trajectory, counts, steps, shape.wide_numbers() ? out : nullptr), out);
+    mild += passes.mild();
     return;
   }
   Codes codes(shape.kernels, weight, shape.vectors);
   GroupPasses passes(shape.options, codes.group(shape.wide, codes.grad_sums(grad)));
-  const std::vector<Step> reversed = passes.reverse(trajectory, counts, steps, pull_data);
+  const std::vector<Step> reversed = passes.reverse(trajectory, counts, steps);
+  mild += passes.mild();
   // grad_i = g_i D(w_i) + E(w_i): D is the gradient where g = 1 and nothing reaches the centroids, E where g = 0.
   const int64_t unique = codes.values();
   Buffer tables;
@@ -176,7 +180,7 @@ Tensor dkm_backward_cpu(const Tensor& grad_in, const Tensor& weight_in, const Te
                         const Tensor& counts_in, const Tensor& steps_in, double temperature, int64_t groups,
                         int64_t dim) {
   check_weight(weight_in, temperature, 1, groups, dim);
-  EFFKERN_CHECK(trajectory_in.is_cpu() && trajectory_in.scalar_type() == ScalarType::Float &&
+  EFFKERN_CHECK(trajectory_in.is_cpu() && trajectory_in.scalar_type() == ScalarType::Double &&
                     trajectory_in.dim() == 4 && trajectory_in.size(0) == groups && trajectory_in.size(1) > 1 &&
                     trajectory_in.size(2) <= kMaxClusters && trajectory_in.size(3) == dim,
                 "dkm_backward: trajectory has shape ", shape_string(trajectory_in),
@@ -206,13 +210,15 @@ Tensor dkm_backward_cpu(const Tensor& grad_in, const Tensor& weight_in, const Te
   const char* grad_data = static_cast<const char*>(grad.const_data_ptr());
   char* out_data = static_cast<char*>(out.mutable_data_ptr());
   prefer_huge_pages(out_data, shape.group_bytes * groups);
-  const float* path = static_cast<const float*>(trajectory.const_data_ptr());
+  const double* path = static_cast<const double*>(trajectory.const_data_ptr());
   const float* soft = static_cast<const float*>(counts.const_data_ptr());
+  std::atomic<int64_t> mild{0};
   over_groups(groups, [&](int64_t group) {
     const int64_t at = group * shape.group_bytes;
     run_group_backward(shape, grad_data + at, data + at, path + group * (iterations + 1) * clusters * dim,
-                       soft + group * iterations * clusters, step_data[group], out_data + at);
+                       soft + group * iterations * clusters, step_data[group], out_data + at, mild);
   });
+  trace_detail(mild);
   return out;
 }
 

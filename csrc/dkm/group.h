@@ -31,13 +31,29 @@ class GroupPasses {
 
   // From trajectory[0] on: centroids (T + 1, K, dim) and soft counts (T, K). Returns how many iterations ran, or -1
   // where a weight is not finite.
-  int64_t iterate(float* trajectory, float* counts);
-  void emit(const float* before, const float* after, void* out);
-  // The steps of the backward pass, their q in `pulls` (T, K, dim).
-  std::vector<Step> reverse(const float* trajectory, const float* counts, int64_t count, float* pulls);
+  int64_t iterate(double* trajectory, float* counts);
+  void emit(const double* before, const double* after, void* out);
+  // The steps of the backward pass; what they point to lives as long as this. With `out` (float32 vectors without
+  // counts only) the gradient of all but the first is made on the way, and returned is the step that is left.
+  std::vector<Step> reverse(const double* trajectory, const float* counts, int64_t count, void* out = nullptr);
   void gradient(const std::vector<Step>& steps, void* out);
+  // How many of the iterations so far, or backwards of all of them, were mild.
+  int64_t mild() const { return mild_; }
 
  private:
+  // Tables of the centroids of `count` iterations, one after the other.
+  void tabulate(const double* trajectory, int64_t count);
+  Centroids centroids(int64_t t) const {
+    const int64_t at = t * numbers_;
+    const Extent& extent = extents_[static_cast<size_t>(t)];
+    return {scaled_.data() + at, high_.data() + at, low_.data() + at, extent.mild, extent.least, extent.most};
+  }
+  struct Extent {
+    bool mild;
+    int64_t least, most;
+  };
+  Extent extent(const double* centroids);
+  void find_range();
   template <class Pass>
   void over_chunks(const Pass& pass);
   template <class Pass>
@@ -45,9 +61,14 @@ class GroupPasses {
 
   Options options_;
   Group group_;
-  int64_t numbers_, step_, chunks_, scratch_floats_;
+  int64_t numbers_, step_, chunks_, scratch_floats_, mild_ = 0;
+  double scale_;
+  bool range_known_ = false;
+  double lowest_ = 0, highest_ = 0;  // of the weight
   Buffer scratch_, partial_;
-  std::vector<double> totals_;
+  std::vector<double> totals_, scaled_;
+  std::vector<float> high_, low_, pulls_;
+  std::vector<Extent> extents_;
 };
 
 }  // namespace effkern::dkm

@@ -45,20 +45,20 @@ Faults over_scalars(const Tensor& weight, const float* importance, int64_t clust
   const int64_t count = weight.numel() / groups;
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
   std::atomic<bool> bad_weight{false}, bad_importance{false};
-  const auto one = [&](int64_t group, bool threads) {
+  const auto one = [&](int64_t group) {
     Faults faults;
     const int64_t bytes = group * count * static_cast<int64_t>(weight.element_size());
     const Points points = distinct_points(
         {data + bytes, importance ? importance + group * count : nullptr, count, kernel_dtype(weight.scalar_type())},
-        threads, &faults);
+        &faults);
     if (faults.weight) bad_weight = true;
     if (faults.importance) bad_importance = true;
     if (!faults.weight && !faults.importance) exact_centroids(points, clusters, centroids + group * clusters);
   };
   if (groups < 2 * thread_count()) {
-    for (int64_t group = 0; group < groups; ++group) one(group, true);
+    for (int64_t group = 0; group < groups; ++group) one(group);
   } else {
-    parallel_tasks(groups, [&](int64_t group, int64_t) { one(group, false); });
+    parallel_tasks(groups, [&](int64_t group, int64_t) { one(group); });
   }
   return {bad_weight, bad_importance};
 }

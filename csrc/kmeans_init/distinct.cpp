@@ -3,13 +3,12 @@
 #include <cstring>
 #include <limits>
 
+#include "core/count_codes.h"
 #include "core/parallel.h"
 #include "kmeans_init/kernel.h"
 
 namespace effkern::kmeans_init {
 namespace {
-
-constexpr int64_t kCodes = 1 << 16;
 
 float value_of(uint16_t code, Dtype dtype) {
   uint32_t bits = static_cast<uint32_t>(code) << 16;
@@ -28,39 +27,25 @@ float value_of(uint16_t code, Dtype dtype) {
 
 bool usable(float importance) { return importance >= 0.0f && importance <= std::numeric_limits<float>::max(); }
 
-// How much every code counts. The pieces in which importances are added are a matter of position, not of threads.
-std::vector<double> count_codes(const Group& group, bool threads, Faults* faults) {
+// The importance of every code, added piece by piece: the pieces are a matter of position, not of threads.
+std::vector<double> weigh_codes(const Group& group, Faults* faults) {
+  constexpr int64_t kPieces = 16;
   const auto* code = static_cast<const uint16_t*>(group.weight);
   std::vector<double> mass(kCodes, 0.0);
-  const int64_t pieces = group.importance ? 16 : threads ? thread_count() : 1;
-  const auto begin_of = [&](int64_t piece) { return group.count / pieces * piece; };
-  const auto end_of = [&](int64_t piece) { return piece + 1 == pieces ? group.count : begin_of(piece + 1); };
-  const auto over_pieces = [&](const auto& body) {
-    if (threads) return parallel_tasks(pieces, [&](int64_t piece, int64_t) { body(piece); });
-    for (int64_t piece = 0; piece < pieces; ++piece) body(piece);
-  };
-  if (!group.importance) {
-    std::vector<int64_t> counts(pieces * kCodes, 0);
-    over_pieces([&](int64_t piece) {
-      int64_t* count = counts.data() + piece * kCodes;
-      for (int64_t i = begin_of(piece); i < end_of(piece); ++i) ++count[code[i]];
-    });
-    for (int64_t i = 0; i < pieces * kCodes; ++i) mass[i % kCodes] += static_cast<double>(counts[i]);
-    return mass;
-  }
-  std::vector<double> sums(pieces * kCodes, 0.0);
-  std::vector<char> seen(pieces * kCodes, 0), bad(pieces, 0);
-  over_pieces([&](int64_t piece) {
+  std::vector<double> sums(kPieces * kCodes, 0.0);
+  std::vector<char> seen(kPieces * kCodes, 0), bad(kPieces, 0);
+  parallel_tasks(kPieces, [&](int64_t piece, int64_t) {
     double* sum = sums.data() + piece * kCodes;
     char* here = seen.data() + piece * kCodes;
-    for (int64_t i = begin_of(piece); i < end_of(piece); ++i) {
+    const int64_t end = bound_of_part(group.count, kPieces, piece + 1);
+    for (int64_t i = bound_of_part(group.count, kPieces, piece); i < end; ++i) {
       const float importance = group.importance[i];
       if (!usable(importance)) bad[piece] = 1;
       sum[code[i]] += importance;
       here[code[i]] = 1;
     }
   });
-  for (int64_t i = 0; i < pieces * kCodes; ++i) {
+  for (int64_t i = 0; i < kPieces * kCodes; ++i) {
     mass[i % kCodes] += sums[i];
     // A weight that does not count must be finite all the same.
     if (seen[i] && !(std::abs(value_of(static_cast<uint16_t>(i % kCodes), group.dtype)) < INFINITY))
@@ -71,8 +56,14 @@ std::vector<double> count_codes(const Group& group, bool threads, Faults* faults
   return mass;
 }
 
-Points counted_points(const Group& group, bool threads, Faults* faults) {
-  std::vector<double> mass = count_codes(group, threads, faults);
+Points counted_points(const Group& group, Faults* faults) {
+  std::vector<double> mass;
+  if (group.importance) {
+    mass = weigh_codes(group, faults);
+  } else {
+    const std::vector<int64_t> counts = count_codes(static_cast<const uint16_t*>(group.weight), group.count);
+    mass.assign(counts.begin(), counts.end());
+  }
   Points points;
   if (faults->weight || faults->importance) return points;
   mass[0] += mass[kCodes / 2];  // -0 is 0
@@ -160,12 +151,12 @@ Points sorted_points(const Group& group, Faults* faults) {
 
 }  // namespace
 
-Points distinct_points(const Group& group, bool threads, Faults* faults) {
-  Points points = group.dtype != Dtype::fp32 && group.count >= kCounted ? counted_points(group, threads, faults)
-                  : group.importance                                    ? sorted_points<uint64_t>(group, faults)
-                                                                        : sorted_points<uint32_t>(group, faults);
+Points distinct_points(const Group& group, Faults* faults) {
+  Points points = group.dtype != Dtype::fp32 && group.count >= kWorthCodes ? counted_points(group, faults)
+                  : group.importance                                       ? sorted_points<uint64_t>(group, faults)
+                                                                           : sorted_points<uint32_t>(group, faults);
   if (points.value.empty() && group.importance && !faults->weight && !faults->importance)
-    return distinct_points({group.weight, nullptr, group.count, group.dtype}, threads, faults);
+    return distinct_points({group.weight, nullptr, group.count, group.dtype}, faults);
   return points;
 }
 

@@ -10,26 +10,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "kmeans_init/kernel.h"
+#include "kmeans_init/penalty.h"
 
 namespace effkern::kmeans_init {
 namespace {
 
-// Moments of some points about a common centre.
-template <class Real>
-struct Sums {
-  Real mass = 0, first = 0, second = 0;
-};
-
-// Squared distances to the mean, summed, of the points between two positions; 0 where they are in the wrong order.
-template <class Real>
-inline double spread(const Sums<Real>& before, const Sums<Real>& after) {
-  const Real mass = after.mass - before.mass;
-  const Real first = after.first - before.first;
-  const Real rest = after.second - before.second - first * first / mass;
-  return mass > 0 && rest > 0 ? static_cast<double>(rest) : 0.0;
-}
+// From so many clusters and points on the search by prices is the faster one.
+constexpr int64_t kManyClusters = 24, kManyPoints = 4096;
 
 // Sums of all points before a position. Only every 16th is kept.
 class Prefix {
@@ -289,10 +279,17 @@ void exact_centroids(const Points& points, int64_t clusters, float* centroids) {
     return;
   }
   const Prefix prefix(points);
-  std::vector<int64_t> bounds = Search<double>(points, prefix, clusters).run();
+  std::vector<int64_t> bounds;
+  bool fine = false;
+  if (clusters >= kManyClusters && count >= kManyPoints) {
+    std::vector<int64_t> positions(count + 1);
+    std::iota(positions.begin(), positions.end(), int64_t{0});
+    bounds = priced_bounds(prefix.at<double>(positions), clusters, &fine);
+  }
+  if (bounds.empty() && !fine) bounds = Search<double>(points, prefix, clusters).run();
   // Clumps far from each other lose what is inside them to differences of large numbers in float64.
   const auto all = static_cast<double>(prefix(count).second);
-  if (prefix.cost(bounds) < 1e-6 * all) bounds = Search<long double>(points, prefix, clusters).run();
+  if (fine || prefix.cost(bounds) < kFine * all) bounds = Search<long double>(points, prefix, clusters).run();
   for (int64_t m = 0; m < clusters; ++m) centroids[m] = static_cast<float>(prefix.mean(bounds[m], bounds[m + 1]));
 }
 

@@ -27,12 +27,8 @@ struct Faults {
   bool importance = false;  // some importance is negative or not finite
 };
 
-// Groups of 16-bit weights from this size on are counted by value, others sorted.
-constexpr int64_t kCounted = int64_t{1} << 15;
-
-// The points of a group. Where the importance is zero throughout, every weight counts once. `threads`: whether this
-// call has the threads to itself; the result does not depend on it.
-Points distinct_points(const Group& group, bool threads, Faults* faults);
+// The points of a group. Where the importance is zero throughout, every weight counts once.
+Points distinct_points(const Group& group, Faults* faults);
 
 // The exact optimum of weighted k-means in one dimension: ascending, the largest repeated where there are fewer points
 // than clusters.

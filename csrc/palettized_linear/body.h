@@ -4,36 +4,15 @@
 
 #include "core/cpu/gemm_vector.h"
 #include "core/cpu/pack.h"
+#include "palettized_linear/decode.h"
 #include "palettized_linear/kernel.h"
-#include "palettized_linear/lookup.h"
 
 namespace effkern {
 namespace EFFKERN_UNIT {
 
 using palettized_linear::Few;
-using palettized_linear::kEntries;
 using palettized_linear::kSlack;
-using palettized_linear::Packed;
 using palettized_linear::Rows;
-
-EFFKERN_INLINE const float* table_of(const Packed& w, int64_t row, int64_t place) {
-  return w.tables + (row / (w.rows / w.groups) * w.dim + place) * kEntries;
-}
-
-// Calls body(first index, lanes, words) for every block of a row; `words` are whole blocks.
-template <int kBits, class Body>
-EFFKERN_INLINE void for_blocks(const Packed& w, int64_t row, const Body& body) {
-  constexpr int64_t kFields = Layout<kBits>::kFields, kBlock = kBlockLanes * kFields;
-  constexpr int64_t kBytes = Layout<kBits>::kWords * kBlockLanes * 4;
-  const uint8_t* p = w.indices + row * w.row_bytes;
-  int64_t i = 0;
-  for (; i + kBlock <= w.count; i += kBlock, p += kBytes) body(i, kBlockLanes, reinterpret_cast<const uint32_t*>(p));
-  if (i == w.count) return;
-  uint32_t words[3 * kBlockLanes];
-  const int64_t lanes = (w.count - i + kFields - 1) / kFields;
-  widen_block<kBits>(p, lanes, words);
-  body(i, lanes, words);
-}
 
 EFFKERN_INLINE float sum_of(Vec x) {
   float lanes[kLanes], total = 0.0f;
@@ -42,46 +21,45 @@ EFFKERN_INLINE float sum_of(Vec x) {
   return total;
 }
 
-// One row and kTokens tokens.
-template <int kBits, int kTokens>
-EFFKERN_INLINE void dot_row(const Few& t, int64_t row, int64_t token, float* sums) {
+// Adds to sums what indices [begin, end) of a row give for kTokens tokens; begin is that of a block.
+template <int kBits, bool kShort, int kTokens>
+EFFKERN_INLINE void dot_row(const Few& t, int64_t row, int64_t token, int64_t begin, int64_t end, float* sums) {
   const Packed& w = t.weight;
-  constexpr int kFields = Layout<kBits>::kFields, kChains = kTokens == 1 ? 4 : 2;
+  constexpr int64_t kBlock = kBlockLanes * Layout<kBits>::kFields;
+  constexpr int kChains = BlockLookup<kBits, kShort>::kChains /
+                          kTokens;  // as many products at a time as two units with four cycles each take
   Vec sum[kTokens][kChains];
   for (int k = 0; k < kTokens; ++k)
     for (int c = 0; c < kChains; ++c) sum[k][c] = vzero();
+  const int64_t token_stride = w.dim * w.count;
   for (int64_t place = 0; place < w.dim; ++place) {
-    const Table<kBits> table(table_of(w, row, place));
+    const float* entries = table_of(w, row, place);
+    const BlockLookup<kBits, kShort> lookup(entries);
     const float* x = t.x + (token * w.dim + place) * w.count;
-    const int64_t token_stride = w.dim * w.count;
-    for_blocks<kBits>(w, row, [&](int64_t first, int64_t lanes, const uint32_t* words) __attribute__((always_inline)) {
-      if (first + kBlockLanes * kFields <= w.count) {
-        for (int part = 0; part < kParts; ++part) {
-          Words word[3];
-          load_words<kBits>(words, part, word);
-#pragma GCC unroll 32
-          for (int f = 0; f < kFields; ++f) {
-            const Vec value = table(field_of<kBits>(word, f));
-            for (int k = 0; k < kTokens; ++k)
-              sum[k][f % kChains] = vfma(value, vload(x + k * token_stride + first + f * kBlockLanes + part * kLanes),
-                                         sum[k][f % kChains]);
-          }
-        }
-      } else {
-        decode_block<kBits>(words, lanes, table, t.scratch);
-        for (int64_t i = first; i < w.count; i += kLanes) {
-          const int64_t width = min64(kLanes, w.count - i);
-          const Vec value = load_some(t.scratch + i - first, width);
-          for (int k = 0; k < kTokens; ++k)
-            sum[k][0] = vfma(value, load_some(x + k * token_stride + i, width), sum[k][0]);
-        }
-      }
-    });
+    for_blocks<kBits>(w, row, begin, end,
+                      [&](int64_t first, int64_t lanes, const uint32_t* words) __attribute__((always_inline)) {
+                        if (first + kBlock <= w.count) {
+                          int chain = 0;
+                          lookup(words, [&](Vec value, int64_t at) __attribute__((always_inline)) {
+                            for (int k = 0; k < kTokens; ++k)
+                              sum[k][chain] = vfma(value, vload(x + k * token_stride + first + at), sum[k][chain]);
+                            chain = (chain + 1) % kChains;
+                          });
+                        } else {
+                          decode_block<kBits>(words, lanes, Table<kBits>(entries), t.scratch);
+                          for (int64_t i = first; i < w.count; i += kLanes) {
+                            const int64_t width = min64(kLanes, w.count - i);
+                            const Vec value = load_some(t.scratch + i - first, width);
+                            for (int k = 0; k < kTokens; ++k)
+                              sum[k][0] = vfma(value, load_some(x + k * token_stride + i, width), sum[k][0]);
+                          }
+                        }
+                      });
   }
   for (int k = 0; k < kTokens; ++k) {
     Vec total = sum[k][0];
     for (int c = 1; c < kChains; ++c) total = vadd(total, sum[k][c]);
-    sums[k] = sum_of(total);
+    sums[k] += sum_of(total);
   }
 }
 
@@ -90,61 +68,49 @@ EFFKERN_INLINE void store_one(T* p, float x) {
   store_some(p, vset(x), 1);
 }
 
-template <class T, int kBits>
-static void few_of(const Few& t) {
+constexpr int64_t kFewRows = 16, kFewFloats = 4096;  // of x that a piece of rows is multiplied by: half the L1 cache
+
+// sums[row][token] of rows [first, last), at most kFewRows, and kTokens tokens.
+template <int kBits, bool kShort, int kTokens>
+static void few_rows(const Few& t, int64_t first, int64_t last, int64_t token, float (*sums)[4]) {
+  constexpr int64_t kBlock = kBlockLanes * Layout<kBits>::kFields;
+  const Packed& w = t.weight;
+  const int64_t piece = max64(kBlock, kFewFloats / (kTokens * w.dim) / kBlock * kBlock);
+  for (int64_t begin = 0; begin < w.count; begin += piece)
+    for (int64_t row = first; row < last; ++row)
+      dot_row<kBits, kShort, kTokens>(t, row, token, begin, min64(w.count, begin + piece), sums[row - first]);
+}
+
+template <int kBits, bool kShort = false>
+static int64_t few_tokens(const Few& t, int64_t first, int64_t last, int64_t token, float (*sums)[4]) {
+  if constexpr (!kShort && BlockLookup<kBits, true>::kShortToo)
+    if (t.weight.bf16_entries) return few_tokens<kBits, true>(t, first, last, token, sums);
+  if (t.tokens - token >= 4) return few_rows<kBits, kShort, 4>(t, first, last, token, sums), 4;
+  if (t.tokens - token >= 2) return few_rows<kBits, kShort, 2>(t, first, last, token, sums), 2;
+  return few_rows<kBits, kShort, 1>(t, first, last, token, sums), 1;
+}
+
+template <class T>
+static void few(const Few& t) {
   T* out = static_cast<T*>(t.out);
-  for (int64_t row = t.first; row < t.last; ++row) {
-    float sums[4];
-    for (int64_t token = 0; token < t.tokens;) {
-      const int64_t left = t.tokens - token, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (step == 4)
-        dot_row<kBits, 4>(t, row, token, sums);
-      else if (step == 2)
-        dot_row<kBits, 2>(t, row, token, sums);
-      else
-        dot_row<kBits, 1>(t, row, token, sums);
-      for (int64_t k = 0; k < step; ++k)
-        store_one(out + (token + k) * t.weight.rows + row, sums[k] + (t.bias ? t.bias[row] : 0.0f));
-      token += step;
+  const int64_t rows = t.weight.rows;
+  for (int64_t first = t.first; first < t.last; first += kFewRows) {
+    const int64_t last = min64(t.last, first + kFewRows);
+    for (int64_t token = 0, done = 0; token < t.tokens; token += done) {
+      float sums[kFewRows][4] = {};
+#define EFFKERN_CALL(kBits) done = few_tokens<kBits>(t, first, last, token, sums)
+      EFFKERN_BY_BITS(t.weight.bits, EFFKERN_CALL)
+#undef EFFKERN_CALL
+      for (int64_t k = token; k < token + done; ++k)
+        for (int64_t row = first; row < last; ++row)
+          store_one(out + k * rows + row, sums[row - first][k - token] + (t.bias ? t.bias[row] : 0.0f));
     }
   }
 }
 
-template <int kBits>
-static void decode_of(const Packed& w, int64_t row, float* scratch, float* out) {
-  for (int64_t place = 0; place < w.dim; ++place) {
-    const Table<kBits> table(table_of(w, row, place));
-    for_blocks<kBits>(w, row, [&](int64_t first, int64_t lanes, const uint32_t* words) __attribute__((always_inline)) {
-      decode_block<kBits>(words, lanes, table, scratch);
-      const int64_t count = min64(lanes * Layout<kBits>::kFields, w.count - first);
-      if (w.dim == 1) {
-        memcpy(out + first, scratch, count * sizeof(float));
-      } else {
-        for (int64_t i = 0; i < count; ++i) out[(first + i) * w.dim + place] = scratch[i];
-      }
-    });
-  }
-}
-
-#define EFFKERN_BY_BITS(bits, call) \
-  switch (bits) {                   \
-    case 1: call(1); break;         \
-    case 2: call(2); break;         \
-    case 3: call(3); break;         \
-    case 4: call(4); break;         \
-    case 6: call(6); break;         \
-    default: call(8);               \
-  }
-
-template <class T>
-static void few(const Few& t) {
-#define EFFKERN_CALL(kBits) few_of<T, kBits>(t)
-  EFFKERN_BY_BITS(t.weight.bits, EFFKERN_CALL)
-#undef EFFKERN_CALL
-}
-
-static void decode(const Packed& w, int64_t row, float* scratch, float* out) {
-#define EFFKERN_CALL(kBits) decode_of<kBits>(w, row, scratch, out)
+static const uint16_t* order(const Packed& w) {
+#define EFFKERN_CALL(kBits) \
+  return w.bf16_entries ? BlockLookup<kBits, true>::order() : BlockLookup<kBits, false>::order()
   EFFKERN_BY_BITS(w.bits, EFFKERN_CALL)
 #undef EFFKERN_CALL
 }
@@ -192,8 +158,9 @@ struct KernelTable {
                                                        kRowBlock,
                                                        many_scratch,
                                                        few<T>,
+                                                       order,
                                                        many<T>,
-                                                       decode,
+                                                       decode<float>,
                                                        multiply};
 };
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,13 +30,28 @@ const Kernels& select_kernels(ScalarType out) {
   return kernels_scalar(kind);
 }
 
+// For tokens and tables of bf16, where the machine has products of them; null elsewhere.
+const PairKernels* select_pair_kernels(ScalarType x, ScalarType lut, ScalarType out) {
+#if defined(__x86_64__)
+  if (x == ScalarType::BFloat16 && lut == ScalarType::BFloat16) {
+    if (isa_active() >= Isa::amx) return &pair_kernels_amx(kernel_dtype(out));
+    if (isa_active() >= Isa::avx512_bf16) return &pair_kernels_avx512_bf16(kernel_dtype(out));
+  }
+#endif
+  return nullptr;
+}
+
 bool floating(const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+int64_t words_of(int64_t bits) { return bits % 3 == 0 ? 3 : 1; }
+
+int64_t fields_of(int64_t bits) { return 32 * words_of(bits) / bits; }
+
 int64_t row_bytes(int64_t count, int64_t bits) {
-  const int64_t words = bits % 3 == 0 ? 3 : 1, fields = 32 * words / bits, block = 16 * fields;
+  const int64_t words = words_of(bits), fields = fields_of(bits), block = 16 * fields;
   return 4 * words * (count / block * 16 + (count % block + fields - 1) / fields);
 }
 
@@ -48,6 +64,10 @@ Tensor as_rows(const Tensor& t) {
 }
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+bool is_bf16(const float* numbers, int64_t count) {
+  return std::all_of(numbers, numbers + count, [](float x) { return (std::bit_cast<uint32_t>(x) & 0xffff) == 0; });
+}
 
 // The weight of a call, its table in float32 and as long as the units read it.
 struct Weight {
@@ -95,7 +115,8 @@ struct Weight {
               features / dim,
               bits,
               groups,
-              dim};
+              dim,
+              is_bf16(tables, groups * dim * kEntries)};
   }
 };
 
@@ -116,7 +137,41 @@ const float* padded(const Tensor& rows, int64_t stride, Buffer& room) {
   return target;
 }
 
+// (tokens, count * dim) to (tokens, dim, count), each plane in the order of `few`.
+const float* in_planes(const float* x, int64_t tokens, const Packed& w, const uint16_t* order, Buffer& room) {
+  const int64_t block = order ? 16 * fields_of(w.bits) : 1, whole = order ? w.count / block * block : 0;
+  room.reserve(tokens * w.dim * w.count * static_cast<int64_t>(sizeof(float)));
+  auto* target = reinterpret_cast<float*>(room.data);
+  for (int64_t token = 0; token < tokens; ++token, x += w.dim * w.count)
+    for (int64_t place = 0; place < w.dim; ++place, target += w.count) {
+      for (int64_t first = 0; first < whole; first += block)
+        for (int64_t i = 0; i < block; ++i) target[first + i] = x[(first + order[i]) * w.dim + place];
+      for (int64_t i = whole; i < w.count; ++i) target[i] = x[i * w.dim + place];
+    }
+  return reinterpret_cast<const float*>(room.data);
+}
+
 constexpr int64_t kFewTokens = 6;
+
+void multiply_pairs(const PairKernels& kernels, const Packed& w, const Tensor& x_in, const float* bias, void* out) {
+  constexpr int64_t kPiece = 256;  // features that a task packs
+  const Tensor x = torch::stable::contiguous(x_in);
+  const int64_t columns = w.count * w.dim, tokens = x.numel() / columns;
+  const int64_t lanes = (tokens + 15) / 16 * 16, depth = (columns + 31) / 32 * 32;
+  Buffer pairs, scratch;
+  pairs.reserve(depth * lanes * 2);
+  parallel_tasks((columns + kPiece - 1) / kPiece, [&](int64_t task, int64_t) {
+    const int64_t first = task * kPiece;
+    kernels.pack(x.const_data_ptr(), tokens, columns, first, std::min(kPiece, columns - first), lanes, pairs.data);
+  });
+  const int64_t tasks = (w.rows + kernels.row_block - 1) / kernels.row_block, each = kernels.scratch(w, depth);
+  scratch.reserve(slot_count(tasks) * each * static_cast<int64_t>(sizeof(float)));
+  parallel_tasks(tasks, [&](int64_t task, int64_t slot) {
+    const int64_t first = task * kernels.row_block;
+    kernels.many({w, pairs.data, tokens, lanes, depth, first, std::min(w.rows, first + kernels.row_block), bias, out,
+                  slot_of(scratch, slot, each)});
+  });
+}
 
 Tensor forward_cpu(const Tensor& x_in, const Tensor& indices, const Tensor& lut, int64_t bits, int64_t groups,
                    int64_t dim, std::optional<Tensor> bias_in, bool wide) {
@@ -133,24 +188,23 @@ Tensor forward_cpu(const Tensor& x_in, const Tensor& indices, const Tensor& lut,
   std::vector<int64_t> shape(x_in.sizes().begin(), x_in.sizes().end());
   shape.back() = w.rows;
   Tensor out = torch::stable::new_empty(x_in, {shape.data(), shape.size()}, dtype);
-  trace_record(kernels.path);
-  const Tensor x = as_rows(x_in);
-  const int64_t tokens = x.size(0), columns = w.count * w.dim;
-  if (tokens == 0) return out;
+  const int64_t columns = w.count * w.dim, tokens = x_in.numel() / columns;
   const float* bias_data = bias ? floats(*bias) : nullptr;
   void* out_data = out.mutable_data_ptr();
+  const PairKernels* pair_kernels = select_pair_kernels(x_in.scalar_type(), lut.scalar_type(), dtype);
+  if (tokens > kFewTokens && pair_kernels) {
+    trace_record(pair_kernels->path);
+    multiply_pairs(*pair_kernels, w, x_in, bias_data, out_data);
+    return out;
+  }
+  trace_record(kernels.path);
+  if (tokens == 0) return out;
+  const Tensor x = as_rows(x_in);
   Buffer room, scratch;
   if (tokens <= kFewTokens) {
     const float* planes = floats(x);
-    if (dim > 1) {
-      room.reserve(tokens * columns * static_cast<int64_t>(sizeof(float)));
-      auto* target = reinterpret_cast<float*>(room.data);
-      for (int64_t token = 0; token < tokens; ++token)
-        for (int64_t place = 0; place < dim; ++place)
-          for (int64_t i = 0; i < w.count; ++i)
-            target[(token * dim + place) * w.count + i] = planes[token * columns + i * dim + place];
-      planes = target;
-    }
+    const uint16_t* order = kernels.order(w);
+    if (dim > 1 || order) planes = in_planes(planes, tokens, w, order, room);
     const int64_t step = std::max<int64_t>(16, w.rows / (8 * thread_count()) / 16 * 16);
     const int64_t tasks = (w.rows + step - 1) / step;
     scratch.reserve(slot_count(tasks) * kSlack * static_cast<int64_t>(sizeof(float)));

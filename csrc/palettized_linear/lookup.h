@@ -55,6 +55,7 @@ struct Table {
     return _mm256_i32gather_ps(entries, words_and(code, (1u << kBits) - 1), 4);
   }
 };
+
 #else
 EFFKERN_INLINE Words words_right(Words x, int bits) { return x >> static_cast<uint32_t>(bits); }
 EFFKERN_INLINE Words words_and(Words x, uint32_t mask) { return x & mask; }
@@ -98,15 +99,45 @@ EFFKERN_INLINE void widen_block(const uint8_t* source, int64_t lanes, uint32_t* 
     memcpy(target + w * kBlockLanes, source + w * lanes * 4, lanes * sizeof(uint32_t));
 }
 
+// The entries of a whole block: body(vector, where its first entry stands in the order of `few`). kShort: every entry
+// is a bf16 number.
+template <int kBits, bool kShort>
+struct BlockLookup {
+  static constexpr int kChains = 8;         // products at a time
+  static constexpr bool kShortToo = false;  // whether there is a way of its own for such entries
+  Table<kBits> table;
+  EFFKERN_MEMBER explicit BlockLookup(const float* entries) : table(entries) {}
+  static const uint16_t* order() { return nullptr; }
+  template <class Body>
+  EFFKERN_MEMBER void operator()(const uint32_t* words, const Body& body) const {
+    for (int part = 0; part < kParts; ++part) {
+      Words word[3];
+      load_words<kBits>(words, part, word);
+#pragma GCC unroll 32
+      for (int f = 0; f < Layout<kBits>::kFields; ++f)
+        body(table(field_of<kBits>(word, f)), f * kBlockLanes + part * kLanes);
+    }
+  }
+};
+
+#if defined(EFFKERN_UNIT_AVX2)
+}  // namespace EFFKERN_UNIT
+}  // namespace effkern
+#include "palettized_linear/byte_planes.h"
+
+namespace effkern {
+namespace EFFKERN_UNIT {
+#endif
+
 // target[lanes * f + l] = the entry of field f of lane l, for a block in whole words. Up to 16 more are written.
-template <int kBits>
-EFFKERN_INLINE void decode_block(const uint32_t* words, int64_t lanes, const Table<kBits>& table, float* target) {
+template <int kBits, class T>
+EFFKERN_INLINE void decode_block(const uint32_t* words, int64_t lanes, const Table<kBits>& table, T* target) {
   Words word[kParts][3];
   for (int part = 0; part < kParts; ++part) load_words<kBits>(words, part, word[part]);
 #pragma GCC unroll 32
   for (int f = 0; f < Layout<kBits>::kFields; ++f)
     for (int part = 0; part < kParts; ++part)  // what lies behind the lanes, the next field overwrites
-      vstore(target + f * lanes + part * kLanes, table(field_of<kBits>(word[part], f)));
+      store_full(target + f * lanes + part * kLanes, table(field_of<kBits>(word[part], f)));
 }
 
 }  // namespace EFFKERN_UNIT

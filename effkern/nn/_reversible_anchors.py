@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from effkern.nn._reversible_couplings import Coupling, Dual
+from effkern.nn._reversible_couplings import Coupling, Dual, Streamwise
 
 
 def recovery_error(coupling: Coupling, errors: tuple[float, float], rounding: float) -> tuple[float, float]:
@@ -41,17 +41,25 @@ def choose_anchors(couplings: tuple[Coupling, ...], dtype: torch.dtype, budget: 
 
 
 def check_anchors(
-    owner: str, couplings: Sequence[Coupling], dtype: torch.dtype, budget: float, stored: frozenset[int]
+    owner: str,
+    couplings: Sequence[Coupling],
+    dtype: torch.dtype,
+    budget: float,
+    stored: frozenset[int],
+    start: int = 0,
 ) -> None:
-    """ValueError where states that are not `stored` would be recovered with a larger error than `budget`."""
+    """ValueError where states that are not `stored` would be recovered with a larger error than `budget`.
+
+    The first of the couplings is that of block `start` of the stack.
+    """
     over = _over_budget(couplings, dtype, budget, stored)
     if over:
         index, error = next(iter(over.items()))
         dual = couplings[index]
         assert isinstance(dual, Dual)
         raise ValueError(
-            f"{owner}: the input of block {index} would be recovered with an error of {error:.2g} in {dtype}, the "
-            f"budget is {budget:.2g}; its (alpha, beta) is ({dual.alpha:g}, {dual.beta:g}) and "
+            f"{owner}: the input of block {start + index} would be recovered with an error of {error:.2g} in {dtype}, "
+            f"the budget is {budget:.2g}; its (alpha, beta) is ({dual.alpha:g}, {dual.beta:g}) and "
             f"{len(couplings) - index} blocks are undone. anchors='auto' stores some states; a larger beta or exact "
             "with beta = 1 needs none"
         )
@@ -65,11 +73,11 @@ def _over_budget(
     errors = (0.0, 0.0)
     for index in range(len(couplings) - 1, -1, -1):
         coupling = couplings[index]
-        if index in stored or not coupling.invertible:
+        if index in stored or isinstance(coupling, Streamwise):
             errors = (0.0, 0.0)
             continue
         errors = recovery_error(coupling, errors, torch.finfo(dtype).eps)
-        if isinstance(coupling, Dual) and not max(errors) <= budget:
+        if isinstance(coupling, Dual) and not (max(errors) <= budget and coupling.invertible):
             over[index] = max(errors)
             errors = (0.0, 0.0)
     return over

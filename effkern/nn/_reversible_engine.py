@@ -13,151 +13,20 @@ Node i holds what RECOVER(i - 1) starts from; that is why it can start before no
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from effkern import backends
 from effkern.nn._reversible_couplings import Coupling, State
-from effkern.nn._reversible_replay import (
-    Autocast,
-    RngState,
-    drawn_since,
-    replayed_rng,
-    rng_state,
-    without_hooks,
-)
-from effkern.nn._reversible_schedule import Schedule
+from effkern.nn._reversible_replay import Autocast
+from effkern.nn._reversible_schedule import Promise, Schedule
 from effkern.nn._reversible_sides import Arguments, Sides
-
-
-@dataclass
-class Step:
-    """One block in one forward pass: all that its second run needs, except the tensors that autograd keeps."""
-
-    index: int
-    label: str
-    block: nn.Module
-    coupling: Coupling
-    parts: Sequence[tuple[str, nn.Module]]  # sub-blocks and their names
-    sides: Sides
-    device: torch.device
-    dtypes: tuple[torch.dtype, ...]  # of the block's inputs
-    stored: bool  # its inputs are kept, not recovered
-    traced: bool  # the first run builds graphs too, so that it takes the same kernels as the second
-    autocast: Autocast
-    differentiable: bool = False
-    rng: dict[int, RngState | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.parameters = [[p for p in part.parameters() if p.requires_grad] for _, part in self.parts]
-        self.leaves = list({id(p): p for part in self.parameters for p in part}.values())
-        self.versions = [p._version for p in self.leaves]
-
-    def first(self, calls: list[Arguments], slot: int, x: Tensor) -> Tensor:
-        name, part = self.parts[slot]
-        args, kwargs = calls[slot]
-        before = rng_state(self.device) if self.differentiable else None
-        if self.differentiable and self.traced:
-            with torch.enable_grad():
-                out = part(x.detach().requires_grad_(), *args, **kwargs)
-        else:
-            out = part(x, *args, **kwargs)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"{self.label}: {name} must return a tensor, got {type(out).__name__}")
-        if self.coupling.keeps_shape and out.shape != x.shape:
-            raise RuntimeError(
-                f"{self.label}: {name} must return the shape of its input, {tuple(x.shape)}, got {tuple(out.shape)}"
-            )
-        if before is not None:
-            self.rng[slot] = drawn_since(before, self.device)
-        return out.detach() if self.traced else out
-
-    def draws(self) -> bool:
-        """Whether the second run moves the generators, for a while."""
-        return any(state is not None for state in self.rng.values())
-
-    def check_parameters(self) -> None:
-        for parameter, version in zip(self.leaves, self.versions):
-            if parameter._version != version:
-                names = {id(p): name for name, p in self.block.named_parameters()}
-                raise RuntimeError(
-                    f"{self.label}: parameter {names.get(id(parameter), '?')} was modified in place after the forward "
-                    "pass; the block cannot be run again as it was"
-                )
-
-
-class Replay:
-    """The second run of a block: its inputs, and the graphs of its sub-blocks until `gradients` has used them."""
-
-    def __init__(self, step: Step, sides: Sequence[Tensor]) -> None:
-        self.step = step
-        self.state: State = ()
-        self.ready: Any = None  # event, where there are streams
-        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._side_leaves = [t.detach().requires_grad_(t.requires_grad) for t in sides]
-        self._wanted = [t for t in self._side_leaves if t.requires_grad]
-        self._calls = step.sides.calls(self._side_leaves)
-        self._sums: dict[int, Tensor] = {}
-
-    def call(self, slot: int, x: Tensor) -> Tensor:
-        step = self.step
-        leaf = x.detach().requires_grad_(x.is_floating_point())
-        args, kwargs = self._calls[slot]
-        with torch.enable_grad(), step.autocast.replayed(), replayed_rng(step.rng[slot], step.device):
-            out = step.parts[slot][1](leaf, *args, **kwargs)
-        self._graphs[slot] = leaf, out
-        return out.detach()
-
-    def _pull(self, slot: int, grad: Tensor) -> Tensor:
-        leaf, out = self._graphs.pop(slot)
-        inputs = [t for t in (leaf, *self.step.parameters[slot], *self._wanted) if t.requires_grad]
-        found: Sequence[Tensor | None] = ()
-        if out.requires_grad:
-            with without_hooks(self.step.parameters[slot]):
-                found = torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True)
-        through: Tensor | None = None
-        for tensor, part in zip(inputs, found):
-            if part is not None and tensor is leaf:
-                through = part
-            elif part is not None:
-                known = self._sums.get(id(tensor))
-                self._sums[id(tensor)] = part if known is None else known + part
-        return torch.zeros_like(leaf) if through is None else through
-
-    def gradients(self, grads: State) -> tuple[Tensor | None, ...]:
-        """Gradients of the block's inputs, parameters and side inputs, in the order of `Node.apply`."""
-        inputs = self.step.coupling.gradient(self._pull, grads)
-        return (*inputs, *(self._sums.get(id(t)) for t in [*self.step.leaves, *self._side_leaves]))
-
-
-@dataclass
-class Source:
-    """What RECOVER of a block starts from: its inputs where they are stored, else its outputs once they are known."""
-
-    step: Step
-    state: State
-    sides: Sequence[Tensor]
-
-    def prepare(self) -> None:
-        """Gathers the parameters of a block that FSDP has sharded: it would do so only when the block's node runs."""
-        unshard = getattr(self.step.block, "unshard", None)
-        if unshard is not None:
-            unshard()
-
-    def recover(self) -> Replay:
-        step = self.step
-        step.check_parameters()
-        replay = Replay(step, self.sides)
-        if step.stored:
-            step.coupling.forward(replay.call, self.state)
-            replay.state = self.state
-        else:
-            replay.state = step.coupling.inverse(replay.call, self.state, step.dtypes)
-        return replay
+from effkern.nn._reversible_step import Replay, Source, Step
+from effkern.nn._reversible_watch import span
 
 
 class Tape:
@@ -169,15 +38,20 @@ class Tape:
         count: int,
         schedule: Schedule,
         *,
-        stored: Collection[int] = (),
         q: int | None = None,
     ) -> None:
         self.owner, self.count, self.schedule = owner, count, schedule
-        self.stored, self.q = stored, q
+        self.stored: frozenset[int] = (
+            frozenset()
+        )  # blocks whose inputs are kept although they could be recovered
+        self.q = q
         self.steps: list[Step] = []
-        self.slots: dict[int, Any] = {}  # block -> Source, Replay or a promise of one, from the node before
-        self._previous: list[Tensor] = []
+        self.ranges: list[Tensor] = []  # with q, the largest magnitude that each block has made
+        self.waiting: dict[int, Source | Replay | Promise] = {}  # for the nodes of their blocks
+        self._previous: list[Tensor] = []  # what RECOVER of the block before starts from
         self._identities: list[tuple[int, int]] = []
+        self._dtypes: list[torch.dtype] = []
+        self._autocast: dict[torch.device, Autocast] = {}
         self._started = 0.0
 
     def run(
@@ -191,7 +65,13 @@ class Tape:
         """The outputs of the next block."""
         index = len(self.steps)
         label = f"{self.owner}: block {index}" if self.count > 1 else self.owner
-        x = state[0]
+        device = state[0].device
+        if device not in self._autocast:
+            self._autocast[device] = Autocast.now(device)
+        stored = index in self.stored or not coupling.invertible
+        # The block before starts from these states, too, unless it has its own.
+        chained = bool(self.steps) and self.steps[-1].differentiable and not self.steps[-1].stored
+        read = len(state) if chained or coupling.reads is None else coupling.reads
         step = Step(
             index,
             label,
@@ -199,39 +79,56 @@ class Tape:
             coupling,
             parts,
             Sides(calls),
-            x.device,
+            device,
             tuple(t.dtype for t in state),
-            index in self.stored or not coupling.invertible,
+            stored,
+            read if stored else 0,
             self.q is not None,
-            Autocast.now(x.device),
+            self._autocast[device],
+            backends.forced(),
         )
         self._check_identities(index, state)
-        _refuse_sharded_parts(label, block)
+        if torch.is_grad_enabled():
+            step.find_parameters()
         tensors = [*state, *step.leaves, *step.sides.tensors]
         step.differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        with span("forward", step):
+            if step.differentiable:
+                step.begin()
+                out = Node.apply(self, step, calls, len(state), *tensors)
+                step.end()
+                step.differentiable = any(t.requires_grad for t in out)  # whole numbers have no gradient
+            else:
+                out = self.forward(step, calls, state)
         self.steps.append(step)
-        last = index == self.count - 1
-        if step.differentiable:
-            out = Node.apply(self, step, calls, len(state), *tensors)
-            self._previous = [] if last else [*(state if step.stored else ()), *step.sides.tensors]
-        else:
-            out = coupling.forward(lambda slot, x: step.first(calls, slot, x), state)
-        kept = step.differentiable and not last
-        self._identities = [(t.data_ptr(), t._version) for t in out] if kept else []
+        followed = step.differentiable and index < self.count - 1
+        self._previous = [*state[: step.reads], *step.sides.tensors] if followed else []
+        self._identities = [(t.data_ptr(), t._version) for t in out] if followed else []
+        self._dtypes = [t.dtype for t in out]
+        return out
+
+    def forward(self, step: Step, calls: list[Arguments], state: State) -> State:
+        """The first run of a block."""
+        largest: list[Tensor] = []
+        out = step.coupling.forward(lambda slot, x: step.call(calls, slot, x), state, largest)
+        if largest:
+            self.ranges.append(torch.stack(largest).amax())
         return out
 
     def _check_identities(self, index: int, state: State) -> None:
         if self._identities and self._identities != [(t.data_ptr(), t._version) for t in state]:
+            cast = self._dtypes != [t.dtype for t in state]
+            by = "FSDP's MixedPrecisionPolicy(cast_forward_inputs=True) or a hook" if cast else "a hook"
             raise RuntimeError(
-                f"{self.owner}: the output of block {index - 1} was changed before block {index} got it (by a hook?); "
+                f"{self.owner}: the output of block {index - 1} was changed before block {index} got it, as by {by}; "
                 "it could not be recovered in the backward pass"
             )
 
-    def kept(self, step: Step, state: State, out: State) -> list[Tensor]:
+    def saved(self, step: Step, state: State, out: State) -> list[Tensor]:
         """What the node of `step` saves: where RECOVER of the block before it starts, in the last block its own too."""
         own: list[Tensor] = []
         if step.index == self.count - 1:
-            own = [*(state if step.stored else out), *step.sides.tensors]
+            own = [*(state[: step.reads] if step.stored else out), *step.sides.tensors]
         return [*self._previous, *own]
 
     def retreat(self, step: Step, saved: Sequence[Tensor], grads: State) -> tuple[Tensor | None, ...]:
@@ -239,39 +136,31 @@ class Tape:
         rest = list(saved)
         if step.index > 0 and self.steps[step.index - 1].differentiable:
             previous = self.steps[step.index - 1]
-            width = len(previous.dtypes) if previous.stored else 0
+            width = previous.reads
             end = width + len(previous.sides.tensors)
             before, rest = (
                 Source(previous, tuple(t.detach() for t in rest[:width]), rest[width:end]),
                 rest[end:],
             )
         if step.index == self.count - 1:
-            self.slots.clear()
+            self.waiting.clear()
             self._started = time.perf_counter()
-            width = len(grads) if not step.stored else len(step.dtypes)
-            here = Source(step, tuple(t.detach() for t in rest[:width]), rest[width:])
+            width = step.reads if step.stored else len(grads)
+            here: Source | Replay | Promise = Source(
+                step, tuple(t.detach() for t in rest[:width]), rest[width:]
+            )
         else:
-            here = self.slots.pop(step.index, None)
-            if here is None:
+            known = self.waiting.pop(step.index, None)
+            if known is None:
                 raise RuntimeError(
                     f"{step.label}: a gradient came to this block's output but not to the output of the stack; states "
                     "between blocks are not kept, so end the stack where its output is used"
                 )
+            here = known
         found = self.schedule.run(self, here, before, grads)
         if before is None:
             self.schedule.finished(time.perf_counter() - self._started, grads[0].numel())
         return found
-
-
-def _refuse_sharded_parts(label: str, block: nn.Module) -> None:
-    """FSDP must gather all parameters of a block at once: those of a sharded part exist only while the part runs."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    inside = [module for module in block.modules() if module is not block]
-    if any(hasattr(module, "unshard") for module in inside):
-        raise RuntimeError(
-            f"{label}: fully_shard must be given the block as a whole or a model around it, not a part of it"
-        )
 
 
 class Node(torch.autograd.Function):
@@ -282,8 +171,8 @@ class Node(torch.autograd.Function):
         ctx: Any, tape: Tape, step: Step, calls: list[Arguments], width: int, *tensors: Tensor
     ) -> State:
         state = tensors[:width]
-        out = step.coupling.forward(lambda slot, x: step.first(calls, slot, x), state)
-        ctx.save_for_backward(*tape.kept(step, state, out))
+        out = tape.forward(step, calls, state)
+        ctx.save_for_backward(*tape.saved(step, state, out))
         ctx.tape, ctx.step = tape, step
         return out
 

@@ -1,13 +1,17 @@
-"""What a second run of a sub-block needs in order to be the first one again: random numbers, autocast, hooks."""
+"""What a second run needs in order to be the first one again: random numbers, autocast, forced backends, hooks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from effkern import backends
 
 RngState = dict[torch.device, Tensor]
 
@@ -28,18 +32,14 @@ def set_rng_state(states: RngState) -> None:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def drawn_since(before: RngState, device: torch.device) -> RngState | None:
-    """`before` where random numbers were drawn since; None saves its memory and the replay."""
-    now = rng_state(device)
-    return None if all(torch.equal(before[key], now[key]) for key in before) else before
+def same_numbers(before: RngState, now: RngState) -> bool:
+    """Whether nothing was drawn in between."""
+    return all(torch.equal(before[key], now[key]) for key in before)
 
 
 @contextlib.contextmanager
-def replayed_rng(states: RngState | None, device: torch.device) -> Iterator[None]:
+def replayed_rng(states: RngState, device: torch.device) -> Iterator[None]:
     """Draws the numbers that followed `states`, then puts the generators back to where the user has them."""
-    if states is None:
-        yield
-        return
     current = rng_state(device)
     set_rng_state(states)
     try:
@@ -61,25 +61,34 @@ class Autocast:
             tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds))
         )
 
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.states:
-                if enabled or torch.is_autocast_enabled(kind):
-                    # No cache: a cast weight that one stream has made may not be ready on another.
-                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-            yield
+    def replayed(self) -> AbstractContextManager[Any]:
+        if not any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self.states):
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for kind, enabled, dtype in self.states:
+            # No cache: a cast weight that one stream has made may not be ready on another.
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        return stack
+
+
+def forced_again(name: str | None) -> AbstractContextManager[Any]:
+    """The backend in force in the forward pass."""
+    return contextlib.nullcontext() if name == backends.forced() else backends.force(name)
+
+
+def without_hooks(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Tensor hooks of parameters run when autograd receives the block's gradient, not already inside the block."""
+    hooked = [p._backward_hooks for p in parameters if p._backward_hooks]
+    return _emptied(hooked) if hooked else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Tensor hooks of parameters run when autograd receives the block's gradient, not already inside the block."""
-    hooked = [p._backward_hooks for p in parameters if p._backward_hooks]
-    saved = [dict(hooks) for hooks in hooked]
-    for hooks in hooked:
-        hooks.clear()
+def _emptied(dicts: list[dict[int, Any]]) -> Iterator[None]:
+    saved = [dict(entries) for entries in dicts]
+    for entries in dicts:
+        entries.clear()
     try:
         yield
     finally:
-        for hooks, entries in zip(hooked, saved):
-            hooks.update(entries)
+        for entries, before in zip(dicts, saved):
+            entries.update(before)

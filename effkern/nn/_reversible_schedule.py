@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from effkern.nn import _reversible_watch as watch
+
 if TYPE_CHECKING:
     from effkern.nn._reversible_couplings import State
-    from effkern.nn._reversible_engine import Replay, Source, Tape
+    from effkern.nn._reversible_engine import Tape
+    from effkern.nn._reversible_step import Replay, Source, Step
 
 _GAIN = 0.95  # a second thread has to be this much faster to be taken
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A RECOVER that another thread runs."""
+
+    step: Step
+    future: Future[Replay]
+
+    def replay(self) -> Replay:
+        return self.future.result()
 
 
 class Schedule:
@@ -23,26 +40,19 @@ class Schedule:
     def __init__(self, report: Callable[[type[Schedule], float], None] | None = None) -> None:
         self._report = report
 
-    def run(self, tape: Tape, here: Any, before: Source | None, grads: State) -> tuple[Tensor | None, ...]:
-        """The gradients of block `here`; leaves in `tape.slots` what the node of `before` starts from."""
-        replay = self._replay(here)
+    def run(
+        self, tape: Tape, here: Source | Replay | Promise, before: Source | None, grads: State
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of block `here`; leaves in `tape.waiting` what the node of `before` starts from."""
+        replay = here.replay()
         if before is not None:
-            tape.slots[before.step.index] = _follow(before, replay)
+            tape.waiting[before.step.index] = _follow(before, replay)
         return replay.gradients(grads)
 
     def finished(self, seconds: float, size: int) -> None:
         """Told how long the backward pass of the stack took, and the numbers in one of its states."""
         if self._report is not None:
             self._report(type(self), seconds / max(size, 1))
-
-    @staticmethod
-    def _replay(here: Any) -> Replay:
-        if isinstance(here, Future):
-            return here.result()
-        if hasattr(here, "recover"):
-            here.prepare()
-            return here.recover()
-        return here
 
 
 def _follow(before: Source, replay: Replay) -> Source:
@@ -105,19 +115,21 @@ class TwoStreams(Schedule):
         super().__init__()
         self._streams = streams
 
-    def run(self, tape: Tape, here: Any, before: Source | None, grads: State) -> tuple[Tensor | None, ...]:
+    def run(
+        self, tape: Tape, here: Source | Replay | Promise, before: Source | None, grads: State
+    ) -> tuple[Tensor | None, ...]:
         streams = self._streams
         main, side = streams.current(), streams.side()
-        first = hasattr(here, "recover")
         step = here.step
+        last_block = step is tape.steps[-1]  # with which backward begins
         own, other = (main, side) if (tape.count - 1 - step.index) % 2 == 0 else (side, main)
         arrived = streams.record(main)
-        replay = self._replay(here)
-        if first:
+        replay = here.replay()
+        if last_block:
             replay.ready = streams.record(main)
         if before is not None:
             following = _follow(before, replay)
-            if first or not before.step.stored:
+            if last_block or not before.step.stored:
                 streams.wait(other, replay.ready if not before.step.stored else arrived)
             for tensor in (*following.state, *following.sides):
                 streams.keep(tensor, other)
@@ -125,7 +137,7 @@ class TwoStreams(Schedule):
                 following.prepare()
                 recovered = following.recover()
             recovered.ready = streams.record(other)
-            tape.slots[before.step.index] = recovered
+            tape.waiting[before.step.index] = recovered
         if own is main:
             return replay.gradients(grads)
         streams.wait(own, arrived)
@@ -141,27 +153,53 @@ class TwoStreams(Schedule):
 
 
 class Worker(Schedule):
-    """RECOVER(i - 1) in a second thread while this one runs GRADS(i), for CPUs with cores to spare."""
+    """RECOVER(i - 1) in a second thread while this one runs GRADS(i), for CPUs with cores to spare.
+
+    There is one such thread in a process. Where it has work, as for a stack around this one, or is itself the thread
+    that asks, blocks run one after the other: waiting for it could be waiting for oneself.
+    """
 
     _pool: ThreadPoolExecutor | None = None
+    _idle = threading.Lock()
 
-    def run(self, tape: Tape, here: Any, before: Source | None, grads: State) -> tuple[Tensor | None, ...]:
-        replay = self._replay(here)
+    def run(
+        self, tape: Tape, here: Source | Replay | Promise, before: Source | None, grads: State
+    ) -> tuple[Tensor | None, ...]:
+        replay = here.replay()
         if before is not None:
             following = _follow(before, replay)
-            if before.step.draws():
-                # Replaying random numbers moves the generators of the process for a while: not beside other work.
-                tape.slots[before.step.index] = following
-            else:
-                following.prepare()
-                tape.slots[before.step.index] = self._executor().submit(following.recover)
+            # What moves the generators of the process for a while is not to run beside other work.
+            alone = before.step.alone() or not Worker._idle.acquire(blocking=False)
+            tape.waiting[before.step.index] = following if alone else self._promise(following)
         return replay.gradients(grads)
 
-    @classmethod
-    def _executor(cls) -> ThreadPoolExecutor:
-        if cls._pool is None:
-            cls._pool = ThreadPoolExecutor(1, "effkern-recover")
-        return cls._pool
+    @staticmethod
+    def _promise(source: Source) -> Promise:
+        idle = Worker._idle
+
+        def recover() -> Replay:
+            try:
+                return source.recover()
+            finally:
+                idle.release()
+
+        try:
+            source.prepare()
+            if Worker._pool is None:
+                Worker._pool = ThreadPoolExecutor(1, "effkern-recover")
+            return Promise(source.step, Worker._pool.submit(recover))
+        except BaseException:
+            idle.release()
+            raise
+
+    @staticmethod
+    def forget() -> None:
+        """The thread: a forked process has none, whatever its memory says."""
+        Worker._pool, Worker._idle = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Worker.forget)
 
 
 class Probe:
@@ -193,9 +231,14 @@ def check_overlap(owner: str, overlap: Any) -> None:
 
 
 def choose(device: torch.device, overlap: bool | str, probe: Probe) -> Schedule:
-    """The schedule for data on `device`: streams where there are some, on a CPU what `probe` finds to be faster."""
-    if overlap is False or device.type not in ("cuda", "cpu"):
+    """The schedule for data on `device`; "auto" is what `probe` finds to be faster on a CPU, and no overlap elsewhere.
+
+    Two streams have not run on hardware yet, and nothing unverified is chosen for users.
+    """
+    if overlap is False or watch.serial():
         return Schedule()
     if device.type == "cuda":
-        return TwoStreams(CudaStreams(device))
+        return TwoStreams(CudaStreams(device)) if overlap is True else Schedule()
+    if device.type != "cpu":
+        return Schedule()
     return Worker() if overlap is True else probe.schedule()

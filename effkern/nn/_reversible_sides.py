@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from effkern.masks import Mask
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,10 +32,12 @@ class _Signature:
 def _read(function: Callable[..., Any], skip: int) -> _Signature:
     parameters = list(inspect.signature(function).parameters.values())
     kinds = [p.kind for p in parameters]
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][skip:]
+    extra = parameters[skip:]
+    named = [p.name for p in extra if p.kind is p.POSITIONAL_OR_KEYWORD]
     only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    nameless = any(p.kind is p.POSITIONAL_ONLY for p in extra)  # and then those after it are not the first
     return _Signature(
-        tuple(named),
+        () if nameless else tuple(named),
         frozenset(named + only),
         inspect.Parameter.VAR_POSITIONAL in kinds,
         inspect.Parameter.VAR_KEYWORD in kinds,
@@ -83,20 +89,56 @@ def accepted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return (args if signature.any_position else ()), kept
 
 
+# What a second run finds as the first one did, and nothing in it that autograd would have to know.
+_PLAIN = (
+    *(Tensor, Mask, bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, range),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
+
+
+def opaque(value: Any) -> Any:
+    """An object in `value` that may hold tensors or change; None where there is none."""
+    for leaf in pytree.tree_leaves(value):
+        # Functions without a closure hold nothing.
+        if not (
+            isinstance(leaf, _PLAIN) or (inspect.isroutine(leaf) and not getattr(leaf, "__closure__", None))
+        ):
+            return leaf
+    return None
+
+
 class Sides:
     """The arguments of a block's sub-blocks, with their tensors taken out so that autograd can see and save them."""
 
     def __init__(self, calls: Sequence[Arguments]) -> None:
-        self._leaves, self._spec = pytree.tree_flatten(list(calls))
-        unique = {id(leaf): leaf for leaf in self._leaves if isinstance(leaf, Tensor)}
+        self.tensors: list[Tensor] = []
+        self._calls = calls
+        # Most blocks have none; flattening would then be a good part of what a block costs on the host.
+        self._empty = not any(args or kwargs for args, kwargs in calls)
+        if self._empty:
+            return
+        leaves, self._spec = pytree.tree_flatten(list(calls))
+        unique = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
         self.tensors = list(unique.values())
         places = {key: place for place, key in enumerate(unique)}
-        self._places = [places.get(id(leaf)) for leaf in self._leaves]
+        self._places = [places.get(id(leaf)) for leaf in leaves]
         # The tensors themselves are autograd's to keep.
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._calls = ()
+        self._odd = next((leaf for leaf in self._leaves if opaque(leaf) is not None), None)
 
-    def calls(self, tensors: Sequence[Tensor]) -> list[Arguments]:
+    def check(self, label: str) -> None:
+        """TypeError where tensors may hide from autograd."""
+        if not self._empty and self._odd is not None:
+            raise TypeError(
+                f"{label}: an extra argument holds a {type(self._odd).__name__}, whose tensors would get no gradients; "
+                "pass the tensors themselves, or in tuples, lists and dicts"
+            )
+
+    def calls(self, tensors: Sequence[Tensor]) -> Sequence[Arguments]:
         """The arguments with `tensors` in the places of `self.tensors`."""
+        if self._empty:
+            return self._calls
         leaves = [
             leaf if place is None else tensors[place] for leaf, place in zip(self._leaves, self._places)
         ]

@@ -24,14 +24,15 @@ def checkpoint_sequence(
 
         for block in blocks: x = block(x, *args, **kwargs)
 
-    Backward runs each block again, block i - 1 while it computes the gradients of block i: nothing has to be recovered
-    before. For any pretrained network, where torch.utils.checkpoint on every block does the same one after the other.
+    Backward runs each block again, with overlap block i - 1 while it computes the gradients of block i: nothing has to
+    be recovered before. torch.utils.checkpoint on every block does the same one after the other.
 
     Args:
         blocks: modules from one tensor to one tensor, of any shapes. They run twice in a training step, as in
             `effkern.nn.ReversibleBlock`.
-        x: input of the first block, a tensor of any dtype.
-        args, kwargs: further arguments of every block, may be nested; their tensors get gradients.
+        x: input of the first block, a tensor of any dtype, complex ones and tokens too.
+        args, kwargs: further arguments of every block, may be nested in tuples, lists and dicts; their tensors get
+            gradients.
         overlap: as in `effkern.nn.ReversibleSequence`; "auto" remembers what was faster by the first block.
 
     Returns:
@@ -39,10 +40,12 @@ def checkpoint_sequence(
         and the parameters.
 
     Raises:
-        TypeError: a block is no module or returns no tensor; x is no tensor.
+        TypeError: a block is no module or returns no tensor; x is no tensor; a further argument of a class in which
+            autograd sees no tensors, while gradients are recorded.
         ValueError: overlap is unknown.
-        RuntimeError: a block is sharded by FSDP on its own (shard a module around this call); in backward, a stored
-            input or a parameter was modified in place, or only a state between blocks got a gradient; double backward.
+        RuntimeError: a block is sharded by FSDP on its own (shard a module around this call), or changed its input in
+            place; in backward, a stored input or a parameter was modified in place, a parameter is another one than in
+            the forward pass, or only a state between blocks got a gradient; double backward.
 
     Numerics:
         Outputs and gradients are those of the loop, where blocks give equal bits for equal input; random numbers and

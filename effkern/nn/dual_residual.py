@@ -63,11 +63,13 @@ class DualResidualSchedule:
     Args:
         model: module that has `DualResidualBlock`s in it.
         steps: how many calls of `step` the way takes; 0 is at the end at once.
-        start: (alpha, beta) before the first step; close to (1, 0), the pretrained network.
+        start: (alpha, beta) before the first step; None: the one that the blocks have, so that nothing changes before
+            it. (1, 0), where `effkern.convert.reversible` starts, is the pretrained network.
         end: (alpha, beta) after the last one.
 
     Raises:
-        ValueError: no such block in the model; steps is negative; a number is not finite.
+        ValueError: no such block in the model; steps is negative; a number is not finite; start is None and the blocks
+            have several pairs, or end already.
 
     The blocks have the pair of step 0 from the construction on; call `step` after each step of the optimizer, never
     between a forward pass and its backward pass's end.
@@ -78,7 +80,7 @@ class DualResidualSchedule:
         model: nn.Module,
         steps: int,
         *,
-        start: tuple[float, float] = (1.0, 0.1),
+        start: tuple[float, float] | None = None,
         end: tuple[float, float] = (0.3, 0.7),
     ) -> None:
         self._blocks = [module for module in model.modules() if isinstance(module, DualResidualBlock)]
@@ -87,8 +89,16 @@ class DualResidualSchedule:
         if steps < 0:
             raise ValueError(f"DualResidualSchedule: steps must not be negative, got {steps}")
         self.steps = steps
-        self.start = check_pair("DualResidualSchedule", *start)
         self.end = check_pair("DualResidualSchedule", *end)
+        if start is None:
+            start, *others = {(block.alpha, block.beta) for block in self._blocks}
+            if others or (steps and start == self.end):
+                found = sorted([start, *others])
+                raise ValueError(
+                    f"DualResidualSchedule: start must be given where blocks have no common pair or are at the end, "
+                    f"{self.end}, already, got {', '.join(map(str, found))}"
+                )
+        self.start = check_pair("DualResidualSchedule", *start)
         self.done = 0
         self._apply()
 

@@ -58,9 +58,10 @@ class ReversibleBlock(Coupled):
         extra tensors and the parameters, once.
 
     Raises:
-        TypeError: f or g is no module or returns no tensor; an extra argument that neither takes.
-        RuntimeError: shapes or devices do not fit; in backward, an output or a parameter was modified in place; double
-            backward.
+        TypeError: f or g is no module or returns no tensor; an extra argument that neither takes, or, while gradients
+            are recorded, of a class in which autograd sees no tensors.
+        RuntimeError: shapes or devices do not fit; f or g changed its input in place; in backward, an output or a
+            parameter was modified in place, or a parameter is another one than in the forward pass; double backward.
 
     Numerics:
         The recovered inputs differ from the true ones by the roundings of one addition and one subtraction in the
@@ -84,7 +85,8 @@ class ReversibleBlock(Coupled):
 class ReversibleTransition(Coupled):
     """What is between two stages of a `ReversibleSequence`: y1 = f(x1), y2 = g(x2), any shapes, not reversible.
 
-    Downsampling, a wider stage, a change of layout. The two inputs are stored, nothing inside f and g is.
+    Downsampling, a wider stage, a change of layout. The two inputs are stored, nothing inside f and g is. Under
+    autocast the outputs are as wide as the inputs, for streams are sums of many small numbers.
 
     Args:
         f: module for the first stream.
@@ -100,7 +102,7 @@ class ReversibleTransition(Coupled):
         return [("f", self.f), ("f", self.f) if self.g is None else ("g", self.g)]
 
     def coupling(self, q: int | None) -> Coupling:
-        return Streamwise(q)
+        return Streamwise(q, streams=True)
 
 
 def check_modules(owner: str, **modules: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from effkern.nn import _reversible_anchors as anchoring
 from effkern.nn import _reversible_schedule as schedules
-from effkern.nn._reversible_couplings import Coupling, Dual, State, straight_through_grid
+from effkern.nn._reversible_couplings import Coupling, Dual, State, Streamwise, straight_through_grid
 from effkern.nn._reversible_engine import Tape
 from effkern.nn._reversible_replay import replayed_rng, rng_state
 from effkern.nn._reversible_sides import named
@@ -26,14 +27,15 @@ _FINEST, _COARSEST = 18, 6  # what that probe may choose
 class ReversibleSequence(nn.Module):
     """A stack of reversible blocks that stores its outputs and no activation in between, whatever its depth.
 
-    Backward recovers the inputs of block i - 1 while it computes the gradients of block i: on two CUDA streams, on the
-    CPU with a second thread where that is faster.
+    Backward can recover the inputs of block i - 1 while it computes the gradients of block i: on two CUDA streams, on
+    the CPU with a second thread where that is faster.
 
     Args:
         blocks: `ReversibleBlock`s, `DualResidualBlock`s and `ReversibleTransition`s in any order; a module may occur
             more than once. They are in `self.blocks`, an nn.ModuleList.
-        overlap: True or False; "auto" overlaps on CUDA, and on the CPU times the first four backward passes with and
-            without a second thread and keeps the faster. Gradients have the same bits either way.
+        overlap: True or False; "auto" times the first four backward passes on a CPU with and without a second thread
+            and keeps the faster, and does not overlap on CUDA, where two streams have yet to run on hardware. Gradients
+            have the same bits either way.
         exact: q makes recovered states bit-identical to the true ones. The stack input and what sub-blocks return are
             rounded to multiples of 2^-q and the streams are float32, so that additions are exact and can be undone, as
             long as |state| < 2^(24 - q). Sub-blocks must give equal bits for equal input. "auto" chooses q, 18 at most,
@@ -51,17 +53,20 @@ class ReversibleSequence(nn.Module):
         Only tensors that are given as arguments or are parameters get gradients.
 
     Raises:
-        TypeError: blocks or inputs of the wrong kind; an extra argument that no sub-block takes.
+        TypeError: blocks or inputs of the wrong kind; an extra argument that no sub-block takes, or, while gradients
+            are recorded, of a class in which autograd sees no tensors.
         ValueError: an option is unknown; an (alpha, beta) whose predicted error exceeds the budget without anchors;
             exact with beta other than 1.
         RuntimeError: shapes, dtypes or devices do not fit; exact: a state of 2^(24 - q) or more, naming the first block
-            that returned one; a hook on a block changed its output; in backward, an output or a parameter was modified
-            in place, or only a state between blocks got a gradient; double backward.
+            that returned one; a hook on a block changed its output; a sub-block changed its input in place; in
+            backward, an output or a parameter was modified in place, a parameter is another one than in the forward
+            pass, or only a state between blocks got a gradient; double backward.
 
     Numerics:
         Without exact, recovered states are off by roundings in the dtype of the streams. float32 streams under
-        bfloat16 autocast recover to about 1e-3. The gradient of the rounding is that of the identity. Random numbers
-        and autocast are those of the forward pass; torch's default generators are left as they are. Deterministic.
+        bfloat16 autocast recover to about 1e-3, and stay float32 after a transition. The gradient of the rounding is
+        that of the identity. Random numbers and autocast are those of the forward pass; torch's default generators are
+        left as they are. Deterministic.
 
     Cost:
         One more forward pass. Memory: two states, the inside of one block (two where backward overlaps), anchors.
@@ -127,46 +132,59 @@ class ReversibleSequence(nn.Module):
             self.q = self._choose_grid((x1, x2), args, kwargs)
         q = self.q
         couplings = tuple(block.coupling(q) for block in self._stack)
-        stored = self._stored(couplings, torch.promote_types(x1.dtype, x2.dtype))
         if q is not None:
+            anchoring.check_exact(_OWNER, couplings)
             if torch.float64 in (x1.dtype, x2.dtype):
                 raise RuntimeError(f"{_OWNER}: exact keeps its streams in float32, got {torch.float64}")
             same = x1 is x2
-            x1 = straight_through_grid(x1, q)
-            x2 = x1 if same else straight_through_grid(x2, q)
+            x1, largest = straight_through_grid(x1, q)
+            x2, other = (x1, largest) if same else straight_through_grid(x2, q)
+            of_input = torch.maximum(largest, other)
         schedule = schedules.choose(x1.device, self.overlap if len(self.blocks) > 1 else False, self._probe)
-        tape = Tape(_OWNER, len(self.blocks), schedule, stored=stored, q=q)
-        states, ranges = self._run(tape, (x1, x2), args, kwargs, q is not None)
+        tape = Tape(_OWNER, len(self.blocks), schedule, q=q)
+        states, _ = self._run(tape, (x1, x2), args, kwargs, couplings)
         if q is not None:
-            self._check_range(q, ranges)
+            self._check_range(q, [of_input, *tape.ranges])
         return states[0], states[1]
 
     def _run(
-        self, tape: Tape, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], measure: bool
+        self,
+        tape: Tape,
+        state: State,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        couplings: tuple[Coupling, ...] = (),
+        measure: bool = False,
     ) -> tuple[State, list[Tensor]]:
-        """The outputs, and the largest magnitude of the input and of each block's output."""
+        """The outputs, and where asked the largest magnitude of the input and of each block's output."""
         ranges = [_largest(state)] if measure else []
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            if couplings and (index == 0 or isinstance(couplings[index - 1], Streamwise)):
+                # Errors of recovery do not pass a transition, whose outputs may be of another dtype than its inputs.
+                stage = tuple(itertools.takewhile(lambda c: not isinstance(c, Streamwise), couplings[index:]))
+                narrowest = max((t.dtype for t in state), key=lambda dtype: torch.finfo(dtype).eps)
+                tape.stored |= self._stored(stage, narrowest, index)
             state = block(*state, *args, _tape=tape, **kwargs)
             if measure:
                 ranges.append(_largest(state))
         return state, ranges
 
-    def _stored(self, couplings: tuple[Coupling, ...], dtype: torch.dtype) -> frozenset[int]:
+    def _stored(self, stage: tuple[Coupling, ...], dtype: torch.dtype, start: int = 0) -> frozenset[int]:
+        """The blocks to store of a stage, the blocks from `start` to the next transition, with streams of `dtype`."""
         chosen = frozenset() if isinstance(self.anchors, str) or self.anchors is None else self.anchors
-        if self.q is not None:
-            anchoring.check_exact(_OWNER, couplings)
-        elif any(isinstance(coupling, Dual) for coupling in couplings):
+        if self.q is None and any(isinstance(coupling, Dual) for coupling in stage):
             if self.anchors == "auto":
-                return anchoring.choose_anchors(couplings, dtype, self.error_budget)
-            anchoring.check_anchors(_OWNER, couplings, dtype, self.error_budget, chosen)
+                found = anchoring.choose_anchors(stage, dtype, self.error_budget)
+                return frozenset(start + index for index in found)
+            here = frozenset(index - start for index in chosen)
+            anchoring.check_anchors(_OWNER, stage, dtype, self.error_budget, here, start)
         return chosen
 
     @torch.no_grad()
     def _choose_grid(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         tape = Tape(_OWNER, len(self.blocks), schedules.Schedule())
         with replayed_rng(rng_state(state[0].device), state[0].device):
-            _, ranges = self._run(tape, state, args, kwargs, True)
+            _, ranges = self._run(tape, state, args, kwargs, measure=True)
         largest = torch.stack(ranges).max().item()
         if not largest < 2.0 ** (_MANTISSA - _COARSEST - _HEADROOM):
             raise RuntimeError(

@@ -20,17 +20,24 @@ def check_weight(op: str, weight: Tensor) -> None:
     require(
         op, isinstance(weight, Tensor), f"weight must be a tensor, got {type(weight).__name__}", TypeError
     )
-    require(
-        op,
-        weight.dtype in (*FAST_DTYPES, torch.float64),
-        f"weight must be float32, bfloat16 or float16, got {dtype_name(weight.dtype)}",
-    )
+    check_form(op, weight)
     shape = tuple(weight.shape)
-    require(op, weight.dim() >= 1, f"weight must have at least one axis, got shape {shape}")
     require(op, all(n > 0 for n in shape), f"weight must not be empty, got shape {shape}")
 
 
+def check_form(op: str, weight: Tensor) -> None:
+    found = dtype_name(weight.dtype)
+    allowed = weight.dtype in (*FAST_DTYPES, torch.float64)
+    require(op, allowed, f"weight must be float32, bfloat16, float16 or float64, got {found}")
+    require(op, weight.dim() >= 1, "weight must have at least one axis, got shape ()")
+
+
 # Messages with sizes are put together where they are needed only: a compiler may not know the sizes yet.
+def check_clusters(op: str, clusters: int, argument: str = "clusters") -> None:
+    if not 1 <= clusters <= MOST_CLUSTERS:
+        raise ValueError(f"{op}: {argument} must be between 1 and {MOST_CLUSTERS}, got {clusters}")
+
+
 def check_groups(op: str, weight: Tensor, groups: int, dim: int) -> None:
     rows, columns = weight.shape[0], weight.shape[-1]
     if dim not in DIMS:
@@ -41,8 +48,3 @@ def check_groups(op: str, weight: Tensor, groups: int, dim: int) -> None:
     run = columns if weight.dim() > 1 else columns // groups
     if run % dim:
         raise ValueError(f"{op}: dim {dim} does not divide the last axis of weight, of size {columns}")
-
-
-def check_clusters(op: str, clusters: int) -> None:
-    if not 1 <= clusters <= MOST_CLUSTERS:
-        raise ValueError(f"{op}: clusters must be between 1 and {MOST_CLUSTERS}, got {clusters}")

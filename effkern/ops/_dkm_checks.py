@@ -8,16 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effkern.ops._cluster_checks import DIMS, MOST_CLUSTERS
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name
-
-DTYPES = (*FAST_DTYPES, torch.float64)
+from effkern.ops._cluster_checks import MOST_CLUSTERS, check_clusters, check_form, check_groups
+from effkern.ops._dispatch import dtype_name
 
 
 # Messages are functions: a compiler to which numbers are symbols cannot write them out, and need not.
-def _require(condition: bool, message: Callable[[], str]) -> None:
+def _require(condition: bool, message: Callable[[], str], error: type[Exception] = RuntimeError) -> None:
     if not condition:
-        raise RuntimeError(f"dkm: {message()}")
+        raise error(f"dkm: {message()}")
 
 
 def check_kinds(
@@ -41,26 +39,16 @@ def check_kinds(
 
 
 def check_weight(weight: Tensor, temperature: float, iterations: int, groups: int, dim: int) -> None:
-    kind = dtype_name(weight.dtype)
-    _require(weight.dtype in DTYPES, lambda: f"weight must be float32, bfloat16 or float16, got {kind}")
-    _require(weight.dim() > 0, lambda: "weight must have at least one dimension, got shape ()")
-    _require(
-        0 < temperature < math.inf, lambda: f"temperature must be positive and finite, got {temperature}"
-    )
-    _require(iterations >= 1, lambda: f"iterations must be at least 1, got {iterations}")
-    _require(dim in DIMS, lambda: f"dim must be 1, 2 or 4, got {dim}")
-    _require(groups >= 1, lambda: f"groups must be at least 1, got {groups}")
-    rows, last = weight.shape[0], weight.shape[-1]
-    _require(rows % groups == 0, lambda: f"groups is {groups}, which does not divide weight's {rows} rows")
-    _require(last % dim == 0, lambda: f"dim is {dim}, which does not divide weight's last axis of {last}")
-    _require(
-        weight.numel() % (groups * dim) == 0,
-        lambda: f"groups of {rows // groups} rows do not hold whole vectors of dim {dim}",
-    )
+    check_form("dkm", weight)
+    fits = 0 < temperature < math.inf
+    _require(fits, lambda: f"temperature must be positive and finite, got {temperature}", ValueError)
+    _require(iterations >= 1, lambda: f"iterations must be at least 1, got {iterations}", ValueError)
+    check_groups("dkm", weight, groups, dim)
 
 
 def check_tolerance(tolerance: float) -> None:
-    _require(0 <= tolerance < math.inf, lambda: f"tolerance must be finite and not negative, got {tolerance}")
+    fits = 0 <= tolerance < math.inf
+    _require(fits, lambda: f"tolerance must be finite and not negative, got {tolerance}", ValueError)
 
 
 def check_centroids(centroids: Tensor, weight: Tensor, groups: int, dim: int) -> None:
@@ -73,14 +61,43 @@ def check_centroids(centroids: Tensor, weight: Tensor, groups: int, dim: int) ->
         len(shape) == axes and shape[: len(lead)] == lead and shape[len(lead) + 1 :] == tail,
         lambda: f"centroids must have shape ({expected}) with groups {groups} and dim {dim}, got {shape}",
     )
-    clusters = shape[len(lead)]
-    _require(
-        1 <= clusters <= MOST_CLUSTERS,
-        lambda: f"centroids has {clusters} clusters, expected 1 to {MOST_CLUSTERS}",
-    )
+    check_clusters("dkm", shape[len(lead)], "clusters of centroids")
     found, wanted = dtype_name(centroids.dtype), dtype_name(weight.dtype)
     _require(
         centroids.dtype in (weight.dtype, torch.float32),
         lambda: f"centroids is {found}, expected {wanted} as weight or float32",
     )
     _require(centroids.device == weight.device, lambda: "centroids is on another device than weight")
+
+
+def check_start(centroids: Tensor, weight: Tensor, groups: int, dim: int) -> None:
+    """Of the shape that the dispatcher gets."""
+    shape = tuple(centroids.shape)
+    _require(centroids.device == weight.device, lambda: "centroids is on another device than weight")
+    found = dtype_name(centroids.dtype)
+    _require(centroids.dtype == torch.float32, lambda: f"centroids is {found}, expected float32")
+    _require(
+        len(shape) == 3 and shape[0] == groups and shape[2] == dim,
+        lambda: f"centroids must have shape ({groups}, clusters, {dim}), got {shape}",
+    )
+    check_clusters("dkm", shape[1], "clusters of centroids")
+
+
+def check_saved(
+    grad_out: Tensor, weight: Tensor, trajectory: Tensor, counts: Tensor, steps: Tensor, groups: int, dim: int
+) -> None:
+    """What a backward gets."""
+    shapes = tuple(tuple(t.shape) for t in (trajectory, counts, steps))
+    fits = counts.dim() == 3 and 1 <= counts.shape[2] <= MOST_CLUSTERS
+    fits = fits and shapes == (
+        (groups, counts.shape[1] + 1, counts.shape[2], dim),
+        (groups, *counts.shape[1:]),
+        (groups,),
+    )
+    _require(fits, lambda: f"trajectory, counts and steps have shapes {shapes}, not those of a forward")
+    _require(
+        grad_out.shape == weight.shape,
+        lambda: f"grad_out has shape {tuple(grad_out.shape)}, weight has {tuple(weight.shape)}",
+    )
+    same = all(t.device == weight.device for t in (grad_out, trajectory, counts, steps))
+    _require(same, lambda: "grad_out, trajectory, counts or steps is on another device than weight")

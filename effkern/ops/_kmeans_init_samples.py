@@ -56,7 +56,7 @@ def bad_samples(device: str) -> list[BadSample]:
         bad("NaN importance", "importance has entries that are neg", w, importance=nan.abs(), dim=4),
         bad("empty", "weight must not be empty", w[:0]),
         bad("scalar", "weight must have at least one axis", w[0, 0]),
-        bad("integers", "weight must be float32, bfloat16 or float16", w.long()),
+        bad("integers", "weight must be float32, bfloat16, float16 or float64", w.long()),
         bad("not a tensor", "weight must be a tensor, got list", [1.0], TypeError),
         bad("no clusters", "clusters must be between 1 and 256, got 0", w, value, clusters=0),
         bad("clusters", "clusters must be between 1 and 256, got 257", w, value, clusters=257),

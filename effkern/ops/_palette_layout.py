@@ -52,6 +52,8 @@ def pack(indices: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """The inverse, as uint8."""
+    if packed.shape[0] == 0:
+        return packed.new_empty(0, count)
     step = max(1, _AT_ONCE // max(1, count))
     return torch.cat([_unpack_rows(part, count, bits) for part in packed.split(step)])
 

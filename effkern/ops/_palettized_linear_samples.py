@@ -38,7 +38,7 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
     bias = _random(device, dtype, 20)
     return [
         sample("three bits", (5, 7, 40), 20, 3, bias=bias),
-        sample("one token, groups", (530,), 20, 4, 4),
+        sample("one token, groups", (530,), 20, 4, 4, bias=bias),
         sample("pairs", (3, 80), 20, 6, 1, 2, bias=bias),
         sample("many tokens, a whole byte", (40, 36), 20, 8, 2),
         sample("no tokens", (2, 0, 24), 20, 2),
@@ -74,7 +74,7 @@ def bad_samples(device: str) -> list[BadSample]:
     return [
         bad("features", r"x must have 8 features, got shape \(3, 9\)", ones(3, 9)),
         bad("scalar", "x must have 8 features", ones()),
-        bad("integers", "x must be float32, bfloat16 or float16", x.long()),
+        bad("integers", "x must be float32, bfloat16, float16 or float64", x.long()),
         bad("not a tensor", "x must be a tensor, got list", [1.0], TypeError),
         bad("dense weight", "palette must be a Palette, got Tensor", x, TypeError, palette=ones(6, 8)),
         bad("device", "palette is on another device than x", x, palette=far),

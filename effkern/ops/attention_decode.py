@@ -105,6 +105,12 @@ def _check_values(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | N
     """What a kernel on the CPU finds out for itself."""
     size = k_cache.shape[2]
     capacity = size if page_table is None else size * page_table.shape[1]
+    if page_table is not None:
+        # All at once, and one by one only to say which is wrong: there may be thousands of pages.
+        read = torch.arange(page_table.shape[1]) * size < cache_seqlens[:, None]
+        wrong = read & ((page_table < 0) | (page_table >= k_cache.shape[0]))
+        if not wrong.any() and ((cache_seqlens >= 0) & (cache_seqlens <= capacity)).all():
+            return
     for entry, length in enumerate(cache_seqlens.tolist()):
         _require(
             0 <= length <= capacity,
@@ -117,6 +123,23 @@ def _check_values(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | N
                 0 <= number < k_cache.shape[0],
                 f"page_table[{entry}, {page}] is {number}, there are {k_cache.shape[0]} pages",
             )
+
+
+def check_before_writing(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> None:
+    """Raises what `attention_decode` would, for callers that change the caches first."""
+    q, k_cache, v_cache = (t.to(autocast_dtype(t)) for t in (q, k_cache, v_cache))
+    _check(q, k_cache, v_cache, cache_seqlens, page_table, scale, None, softcap, None)
+    _kernel_for(q, v_cache, backends.forced())
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(k_cache, cache_seqlens, page_table)
 
 
 def _pairs(q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> int:

@@ -87,17 +87,21 @@ def kmeans_init(
         effkern.backends.Unavailable: the backend asked for cannot run.
 
     Numerics:
-        dim 1: 16-bit weights are counted by value, float32 ones sorted; sums in the longest format the compiler has (on
-        x86 with 64 bits of precision), so that clusters far from each other keep what is inside them. The centroid of
-        a cluster of one value is that value. -0 counts as 0. Otherwise distances in float32, sums in float64, and the
-        draws of k-means++ come from a fixed sequence. Deterministic: the bits do not depend on the number of threads.
-        Autocast changes nothing.
+        dim 1: 16-bit weights are counted by value, float32 ones sorted. Boundaries are searched with sums in float64;
+        where what they cost is below 1e-6 of the cost of one cluster, with sums in the longest format the compiler has
+        (on x86 with 64 bits of precision), so that clusters far from each other keep what is inside them. Centroids are
+        always made of such sums. The centroid of a cluster of one value is that value. -0 counts as 0. Otherwise
+        distances in float32, sums in float64, and the draws of k-means++ come from a fixed sequence. Deterministic: the
+        bits do not depend on the number of threads. Autocast changes nothing.
 
     Cost:
-        `kmeans_flops`, `kmeans_bytes`. dim 1: one pass over 16-bit weights, or a sort of float32 ones, and a search
-        whose time hardly depends on their number: boundaries are bracketed to ever finer cells by bounds of the cost,
-        and only the last, small brackets are searched position by position. The reference, in float64, takes time and
-        memory with the square of the weights.
+        `kmeans_flops`, `kmeans_bytes`. dim 1: one pass over 16-bit weights, or a sort of float32 ones, and a search.
+        Below 24 clusters its time hardly depends on the number of weights: boundaries are bracketed to ever finer cells
+        by bounds of the cost, and only the last, small brackets are searched position by position. From 24 clusters and
+        4096 distinct values on it is some passes over the distinct values, each at another price of a cluster, until
+        the optimum has the number asked for; after 100 passes, or where that needs the longer format, the search above,
+        whose time grows with the number of clusters. The reference, in float64, takes time and memory with the square
+        of the weights.
 
     Source:
         Groenlund et al. 2017 (Fast exact k-means, k-medians and Bregman divergence clustering in 1D); Arthur and
@@ -127,8 +131,18 @@ def kmeans_init(
         if name == "reference" or not usable:
             backends.record(f"{NAME}:reference")
             return reference.kmeans_init(weight, clusters, groups=groups, dim=dim, importance=importance)
-        counts = None if importance is None else importance.detach().float()
+        counts = None if importance is None else _single(importance.detach(), groups)
         return _OPS.kmeans_init(weight, clusters, groups, dim, counts)
+
+
+def _single(importance: Tensor, groups: int) -> Tensor:
+    """In float32. What counts are the ratios inside a group, which its largest number as unit keeps in range."""
+    if importance.dtype == torch.float64:
+        rows = importance.reshape(groups, -1)
+        unit = rows.amax(1, keepdim=True)
+        usable = (unit > 0) & unit.isfinite()
+        importance = (rows / torch.where(usable, unit, 1.0)).reshape(importance.shape)
+    return importance.float()
 
 
 def _fake(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops import _palette_layout as layout
-from effkern.ops._cluster_checks import DIMS, MOST_CLUSTERS, check_groups, check_weight, require
+from effkern.ops._cluster_checks import DIMS, check_clusters, check_groups, check_weight, require
 from effkern.ops._dispatch import FAST_DTYPES, dtype_name
 
 __all__ = ["Palette", "palettize"]
@@ -160,8 +160,9 @@ def palettize(
             says; two axes that could be either (groups, k) or (k, dim) need one of the two arguments.
 
     Returns:
-        A `Palette`: `.indices`, `.lut`, `.shape`, `.bits`, `.bits_per_weight`, `.to_dense()`, `.state_dict()` and
-        `Palette.from_state_dict`. Palettising `.to_dense()` with the same centroids changes nothing.
+        A `Palette`: `.indices`, `.lut` (k), with groups above 1 (groups, k), with dim above 1 (k, dim) or (groups, k,
+        dim), `.shape`, `.bits`, `.bits_per_weight`, `.to_dense()`, `.state_dict()` and `Palette.from_state_dict`.
+        Palettising `.to_dense()` with the same centroids changes nothing.
 
     Raises:
         TypeError: weight or centroids is not a tensor of floating numbers.
@@ -171,7 +172,7 @@ def palettize(
             is empty, or devices differ; the message names the argument.
 
     Numerics:
-        Distances in float64, so that ties are ties. -0 is kept where the table has it.
+        Distances in float64. An entry -0 of the centroids stays -0 in the table; for distances it is 0.
 
     Cost:
         A binary search a weight; for vectors k distances each. The table takes 16 bits an entry for 16-bit weights:
@@ -188,28 +189,30 @@ def palettize(
     require(NAME, floating, f"centroids must be floating, got {dtype_name(centroids.dtype)}", TypeError)
     require(NAME, centroids.device == weight.device, "centroids is on another device than weight")
     groups, clusters, dim = _reading(weight, centroids, groups, dim)
-    require(
-        NAME,
-        clusters <= MOST_CLUSTERS,
-        f"centroids must be at most {MOST_CLUSTERS} a table, got {clusters}",
-        ValueError,
-    )
+    check_clusters(NAME, clusters, "clusters of centroids")
     check_groups(NAME, weight, groups, dim)
     with torch.no_grad():
         lut = centroids.detach().to(weight.dtype, copy=True)
-        require(NAME, bool(weight.isfinite().all()), "weight has entries that are not finite")
-        require(
-            NAME,
-            bool(lut.isfinite().all()),
-            f"centroids has entries that are not finite in {dtype_name(weight.dtype)}",
-        )
+        _require_finite(weight, "weight has entries that are not finite")
+        _require_finite(lut, f"centroids has entries that are not finite in {dtype_name(weight.dtype)}")
         shape = tuple(weight.shape)
         rows, count = _grid(shape, groups, dim)
         vectors = weight.detach().reshape(groups, -1, dim)
         tables = lut.reshape(groups, clusters, dim)
+        lut = tables.reshape([groups] * (groups > 1) + [clusters] + [dim] * (dim > 1))
         nearest = torch.stack([_nearest(vectors[g], tables[g]) for g in range(groups)]).view(rows, count)
         bits = layout.bits_for(clusters)
         return Palette(layout.pack(nearest, bits), lut.contiguous(), shape, bits, groups, dim)
+
+
+def _require_finite(tensor: Tensor, message: str) -> None:
+    """In a compiled graph the check is part of the graph, which goes on without waiting for the answer; there the error
+    comes when the graph runs, on a GPU as a failed device assertion."""
+    finite = tensor.isfinite().all()
+    if torch.compiler.is_compiling():
+        torch.ops.aten._assert_async.msg(finite, f"{NAME}: {message}")
+    else:
+        require(NAME, bool(finite), message)
 
 
 def _reading(weight: Tensor, centroids: Tensor, groups: int | None, dim: int | None) -> tuple[int, int, int]:
@@ -252,13 +255,17 @@ def _nearest(vectors: Tensor, table: Tensor) -> Tensor:
         ]
         return torch.cat(found)
     values, order = table[:, 0].double().sort(stable=True)
-    first = torch.ones_like(values, dtype=torch.bool)
-    first[1:] = values[1:] > values[:-1]  # of equal entries the lowest index comes first
-    values, order = values[first], order[first].to(torch.uint8)
-    middles = (values[1:] + values[:-1]) / 2
-    found = []
+    # Of equal entries the lowest index comes first, and stands for all of them. No entry is dropped: how many there are
+    # would depend on their values, which a compiler cannot follow.
+    order = order[torch.searchsorted(values, values)].to(torch.uint8)
+    last, found = len(values) - 1, []
     for part in vectors[:, 0].split(_AT_ONCE):
         wide = part.double()
-        below, above = (order[torch.searchsorted(middles, wide, right=right)] for right in (False, True))
-        found.append(torch.minimum(below, above))
+        above = torch.searchsorted(values, wide).clamp(max=last)
+        below = (above - 1).clamp(min=0)
+        # Not by the middle of the two, which in float64 may round onto one of them.
+        down, up = wide - values[below], (values[above] - wide).abs()
+        lower, upper = order[below], order[above]
+        nearer = torch.where(down < up, lower, upper)
+        found.append(torch.where(down == up, torch.minimum(lower, upper), nearer))
     return torch.cat(found)

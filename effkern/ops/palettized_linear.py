@@ -18,11 +18,10 @@ from effkern.ops._dispatch import (
     refuse_all_but_fast,
     refuse_all_but_floating,
     refuse_forward_mode,
-    register_flops,
-    register_gradient,
-    register_kernel,
+    triton_refusal,
     without_autocast,
 )
+from effkern.ops._palettized_linear_dispatch import DOUBLE_BACKWARD, NAME
 from effkern.ops._palettized_linear_samples import bad_samples, calls, samples
 from effkern.ops.palettize import Palette
 from effkern.reference import palettized_linear as reference
@@ -30,8 +29,6 @@ from effkern.reference import palettized_linear as reference
 __all__ = ["eora_factors", "palettized_linear", "palettized_linear_bytes", "palettized_linear_flops"]
 
 _OPS = torch.ops.effkern
-NAME = "palettized_linear"
-DOUBLE_BACKWARD = f"{NAME}: second derivatives are only available with backend='reference'"
 
 
 def palettized_linear_flops(x: Tensor, palette: Palette, *_: Any, backward: bool = False, **__: Any) -> int:
@@ -57,7 +54,11 @@ def _check(x: Tensor, palette: Palette, bias: Tensor | None, low_rank: Any) -> N
     if not isinstance(palette, Palette):
         raise TypeError(f"{NAME}: palette must be a Palette, got {type(palette).__name__}")
     allowed = (*FAST_DTYPES, torch.float64)
-    require(NAME, x.dtype in allowed, f"x must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}")
+    require(
+        NAME,
+        x.dtype in allowed,
+        f"x must be float32, bfloat16, float16 or float64, got {dtype_name(x.dtype)}",
+    )
     rows, features = palette.shape[0], math.prod(palette.shape[1:])
     require(NAME, len(palette.shape) > 1, "palette must be of a matrix, not of a vector")
     if x.dim() < 1 or x.shape[-1] != features:
@@ -104,7 +105,7 @@ def palettized_linear(
         bias: (out), any floating dtype.
         low_rank: (A, B), A (r, in) and B (out, r), any floating dtype: a correction of the weight by B A, such as
             `effkern.eora_factors` gives.
-        backend: "cpu" or "reference"; None leaves the choice to `effkern.backends`.
+        backend: "cpu", "triton" (palettes of dim 1) or "reference"; None leaves the choice to `effkern.backends`.
 
     Returns:
         out (..., out), contiguous, in x's dtype; differentiable in x, palette.lut, bias, A and B. The indices are
@@ -119,15 +120,19 @@ def palettized_linear(
         NotImplementedError: differentiated twice or in forward mode, on any backend but the reference.
 
     Numerics:
-        Tables, products and sums in float32, also those of A and B; rounded once at the end. The gradient of the table
-        is summed in float64. Deterministic: the bits do not depend on the number of threads. Under autocast x is cast
-        to the autocast dtype, nothing else is.
+        Tables, products and sums in float32, also those of A and B; rounded once at the end. Where the CPU multiplies
+        bfloat16 (AVX512-BF16, AMX), more than 6 tokens and a table that both are bfloat16 go through that, which loses
+        no digit of a product and sums in float32; numbers below 2^-126 count as 0 there. Backward is in float32 on all
+        CPUs, so there bfloat16 gains no speed; the gradient of the table is summed in float64. Deterministic: the bits
+        do not depend on the number of threads. Under autocast x is cast to the autocast dtype, nothing else is.
 
     Cost:
         `palettized_linear_flops`, `palettized_linear_bytes`. Up to 6 tokens, indices are unpacked, looked up (up to 4
-        bits by permutations of a register that is the table) and multiplied in registers, and reading the indices is
-        what takes the time. With more, some rows at a time are looked up into the cache and multiplied from there.
-        Backward looks the weight up again, and makes the gradient of the dense weight 16 rows at a time.
+        bits by permutations of a register that is the table) and multiplied in registers; what takes the time is this
+        work, hardly the reading. With more, some rows at a time are looked up into the cache and multiplied from there.
+        Backward looks the weight up again, and makes the gradient of the dense weight 16 rows at a time. Through Triton
+        up to 8 tokens are few, and more go through tensor cores: 16-bit x and table of one dtype as they are, others as
+        float32.
 
     Source:
         Cho et al. 2022 (DKM); Kim et al. 2023 (SqueezeLLM), section 4.3, for products with looked up weights; Liu et
@@ -143,13 +148,16 @@ def palettized_linear(
     usable = usable and palette.lut.dtype in FAST_DTYPES
     x = x.to(autocast_dtype(x))
     with without_autocast(x):
-        if name == "reference" or not usable:
+        if name == "reference" or (name is None and not usable):
             backends.record(f"{NAME}:reference")
             return reference.palettized_linear(x, palette, bias, low_rank=low_rank)
         factors = () if low_rank is None else low_rank
         refuse_forward_mode(NAME, x, palette.lut, bias, *factors)
+        if bias is not None and bias.dtype not in FAST_DTYPES:
+            bias = bias.float()
         weight = (palette.indices, palette.lut, palette.bits, palette.groups, palette.dim)
-        out = _OPS.palettized_linear(x, *weight, bias, low_rank is not None)
+        kernel = _OPS.palettized_linear_triton if name == "triton" else _OPS.palettized_linear
+        out = kernel(x, *weight, bias, low_rank is not None)
         if low_rank is None:
             return out
         first, second = (factor.float() for factor in low_rank)
@@ -168,7 +176,7 @@ def eora_factors(weight: Tensor, palette: Palette, covariance: Tensor, rank: int
         rank: r, 1 to min(out, in).
 
     Returns:
-        A (r, in) and B (out, r), float32, for low_rank of `effkern.palettized_linear`.
+        A (r, in) and B (out, r), float32, contiguous, for low_rank of `effkern.palettized_linear`.
 
     Raises:
         ValueError: shapes do not fit, rank is out of its range, or covariance is not finite.
@@ -195,114 +203,9 @@ def eora_factors(weight: Tensor, palette: Palette, covariance: Tensor, rank: int
         scale = torch.where(taken, 1.0 / torch.where(taken, root, 1.0), 0.0)
         split = s[:rank].sqrt()
         first = split[:, None] * v[:rank] * scale @ vectors.mT
-        return first.float(), (u[:, :rank] * split).float()
+        second = u[:, :rank] * split
+        return first.float().contiguous(), second.float().contiguous()  # as files want them
 
-
-def _fake(
-    x: Tensor,
-    indices: Tensor,
-    lut: Tensor,
-    bits: int,
-    groups: int = 1,
-    dim: int = 1,
-    bias: Tensor | None = None,
-    wide: bool = False,
-) -> Tensor:
-    shape = (*x.shape[:-1], indices.shape[0])
-    return x.new_empty(shape, dtype=torch.float32 if wide else x.dtype)
-
-
-def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    lut: Tensor,
-    bits: int,
-    groups: int = 1,
-    dim: int = 1,
-    need_x: bool = True,
-    need_lut: bool = True,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else (0,)), lut.new_empty(lut.shape if need_lut else (0,))
-
-
-def _palette_of(x: Tensor, indices: Tensor, lut: Tensor, bits: int, groups: int, dim: int) -> Palette:
-    return Palette(indices, lut, (indices.shape[0], x.shape[-1]), bits, groups, dim)
-
-
-def _composed(
-    x: Tensor,
-    indices: Tensor,
-    lut: Tensor,
-    bits: int,
-    groups: int = 1,
-    dim: int = 1,
-    bias: Tensor | None = None,
-    wide: bool = False,
-) -> Tensor:
-    """The key CUDA: the dense weight, then PyTorch's matmul."""
-    backends.record(f"{NAME}:reference")
-    palette = _palette_of(x, indices, lut, bits, groups, dim)
-    return reference.palettized_linear(x.float() if wide else x, palette, bias)
-
-
-def _composed_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    lut: Tensor,
-    bits: int,
-    groups: int = 1,
-    dim: int = 1,
-    need_x: bool = True,
-    need_lut: bool = True,
-) -> tuple[Tensor, Tensor]:
-    backends.record(f"{NAME}_backward:reference")
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, lut)]
-        palette = _palette_of(x, indices, leaves[1], bits, groups, dim)
-        out = reference.palettized_linear(leaves[0].float(), palette)
-        grads = torch.autograd.grad(out, leaves, grad_out.float())
-    return tuple(g if need else t.new_empty(0) for g, need, t in zip(grads, (need_x, need_lut), (x, lut)))  # type: ignore[return-value]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices, lut, *settings = inputs
-    ctx.count = len(inputs)
-    ctx.settings = [*settings[:3], 1, 1][:3]  # trailing defaults are missing
-    bias = settings[3] if len(settings) > 3 else None
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, indices, lut)
-
-
-def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x, indices, lut = ctx.saved_tensors
-    need_x, _, need_lut = ctx.needs_input_grad[:3]
-    found: list[Tensor | None] = [None] * ctx.count
-    if need_x or need_lut:
-        grads = _OPS.palettized_linear_backward(grad_out, x, indices, lut, *ctx.settings, need_x, need_lut)
-        found[0], found[2] = (g if need else None for g, need in zip(grads, (need_x, need_lut)))
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-        found[6] = grad_out.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return tuple(found)
-
-
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(DOUBLE_BACKWARD)
-
-
-def _dispatched_flops(x: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * x.numel() * indices.shape[0]
-
-
-torch.library.register_fake(f"effkern::{NAME}", _fake)
-torch.library.register_fake(f"effkern::{NAME}_backward", _fake_backward)
-register_gradient(NAME, _setup_context, _gradient)
-torch.library.register_autograd(f"effkern::{NAME}_backward", _refuse)
-register_kernel(NAME, _composed, "CUDA")
-register_kernel(f"{NAME}_backward", _composed_backward, "CUDA")
-register_flops(NAME, _dispatched_flops)
-register_flops(f"{NAME}_backward", lambda grad_out, *args, **_: 2 * _dispatched_flops(*args))
 
 registry.register(
     registry.OpSpec(
@@ -310,9 +213,12 @@ registry.register(
         family="dkm",
         public=palettized_linear,
         reference=reference.palettized_linear,
-        schemas=(NAME, f"{NAME}_backward"),
+        schemas=tuple(f"{NAME}{kind}" for kind in ("", "_backward", "_triton", "_triton_backward")),
         backends=(
             registry.Backend("cpu", ("cpu",), refuse_all_but_fast),
+            registry.Backend(
+                "triton", (), triton_refusal(NAME), note="unverified on hardware", automatic=False
+            ),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),
         dtypes=(*FAST_DTYPES, torch.float64),

@@ -8,6 +8,7 @@ from torch import Tensor
 # A cluster whose soft count is below this is empty: it keeps its centroid. Far from what any float32 sum of weights
 # that matter can be, and far enough from float32's smallest number for a mean to be exact above it.
 EMPTY = 2.0**-100
+COLDEST = 1e-30  # temperatures below act as this one: their inverse would not be a float32 number
 
 
 def _vectors(weight: Tensor, groups: int, dim: int) -> Tensor:
@@ -17,9 +18,17 @@ def _vectors(weight: Tensor, groups: int, dim: int) -> Tensor:
 
 
 def _assign(vectors: Tensor, centroids: Tensor, temperature: float) -> Tensor:
-    """a (groups, N, K): how much each vector belongs to each centroid."""
-    distances = (vectors[:, :, None] - centroids[:, None]).square().sum(-1)
-    return torch.softmax(-distances / temperature, -1)
+    """a (groups, N, K): how much each vector belongs to each centroid.
+
+    Distances count from the nearest centroid's, which is 0 at any temperature. Those of vectors that are so far from
+    all centroids that squares overflow are taken in a unit of their own.
+    """
+    gaps = vectors[:, :, None] - centroids[:, None]
+    nearest = gaps.detach().abs().amax(-1).amin(-1)[..., None]  # (groups, N, 1)
+    unit = torch.where(nearest > 2.0**60, nearest, 1.0)
+    distances = (gaps / unit[..., None]).square().sum(-1)
+    beyond = (distances - distances.detach().amin(-1, keepdim=True)) * unit
+    return torch.softmax(-beyond / max(temperature, COLDEST) * unit, -1)
 
 
 def dkm_iterate(
@@ -96,6 +105,7 @@ def dkm_backward(
         cbar^(t-1)_j = 2/tau sum_i a_ij (h_ij - H_i) (w_i - p_j)
     """
     vectors, grads = _vectors(weight, groups, dim), _vectors(grad_out, groups, dim)
+    slope = 2 / max(temperature, COLDEST)
     result = torch.zeros_like(vectors)
     for group in range(groups):
         w, g, path = vectors[group], grads[group], trajectory[group].to(vectors.dtype)
@@ -112,7 +122,7 @@ def dkm_backward(
             h = ((w[:, None] - after) * q).sum(-1)
             if t == last:
                 h = h + g @ after.mT
-            centred = a * (h - (a * h).sum(-1, keepdim=True)) * (2 / temperature)
+            centred = a * (h - (a * h).sum(-1, keepdim=True)) * slope
             result[group] += a @ q + (centred[..., None] * (before - (a @ before)[:, None])).sum(1)
             bar = (centred[..., None] * (w[:, None] - before)).sum(0) + torch.where(empty, bar, 0.0)
     return result.reshape(weight.shape).to(weight.dtype)

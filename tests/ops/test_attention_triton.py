@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import needs_device, needs_interpreter, needs_triton, report, settle, verdicts
+from interpreted import every_dtype, needs_device, needs_interpreter, needs_triton, report, settle
 from torch import Tensor
 
 import effkern
 from effkern.reference import attention as reference
 from effkern.testing import assert_close_to_oracle
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Shapes are (B, Hq, Hkv, Sq, Sk, D, Dv); tiles of the interpreter are 16 x 16.
 CASES: dict[str, dict[str, Any]] = {
@@ -221,11 +219,6 @@ def check_large_offsets(dtype: torch.dtype, device: str) -> None:
 EXTRA = {"descriptors": check_descriptors, "NaN rows": check_nan_rows, "large offsets": check_large_offsets}
 
 
-@pytest.fixture(scope="module", name="verdicts")
-def _verdicts() -> dict[str, str]:
-    return verdicts(__file__)
-
-
 @needs_interpreter
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
 def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
@@ -234,7 +227,7 @@ def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
 
 @pytest.mark.plain_empty
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
 def test_device(name: str, dtype: torch.dtype) -> None:
     check({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
@@ -242,7 +235,7 @@ def test_device(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.plain_empty
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", EXTRA)
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
     EXTRA[name](dtype, "cuda")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from attention_oracle import Case, check, differentiate, make, with_lse
-from interpreted import needs_interpreter, report, settle, verdicts
+from interpreted import needs_interpreter, report, settle
 from test_attention_options import MASKS, TERMS
 
 import effkern
@@ -101,11 +101,6 @@ def cases() -> dict[str, Callable[[], None]]:
                 )
     found["decode: more rows than a tile"] = lambda: judge_decode(None, 40, None, False)
     return found
-
-
-@pytest.fixture(scope="module", name="verdicts")
-def _verdicts() -> dict[str, str]:
-    return verdicts(__file__)
 
 
 @needs_interpreter

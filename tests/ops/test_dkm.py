@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import effkern
+from effkern.bench.memory import peak_tensor_bytes
+from effkern.ops._dkm_dispatch import _composed_backward
+from effkern.ops._dkm_shards import _Shards
 from effkern.reference import dkm as reference
+from effkern.reference import dkm_shards as reference_shards
 from effkern.testing import errors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -121,18 +125,35 @@ def test_codes_and_stream_agree(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("clusters", [2, 4, 8, 16, 256])
 @pytest.mark.parametrize("iterations", [1, 3, 5])
-def test_gradient_within_a_hundred_thousandth(clusters: int, iterations: int, isa: str) -> None:
-    """The bar of the float32 path, where neighbouring clusters share weights (a gap's square is 20 temperatures)."""
-    weight, centroids = 0.02 * torch.randn(64, 100), 0.02 * spread(clusters)
-    temperature = (0.08 / clusters) ** 2 / 20
-    options = {"temperature": temperature, "iterations": iterations}
-    ours = results(effkern.dkm, weight, centroids, **options)
-    exact = results(reference.dkm, weight, centroids, torch.float64, **options)
-    plain = results(reference.dkm, weight, centroids, **options)
-    for name, bound in (("clustered", 1e-6), ("centroids", 1e-6), ("grad", 1e-5)):
-        # Many small clusters: what float32 centroids themselves can tell is less.
-        allowed = bound if clusters <= 8 else max(bound, relative(plain[name], exact[name]))
-        assert relative(ours[name], exact[name]) <= allowed, name
+@pytest.mark.parametrize("size", [0.02, 0.1, 1.0])
+def test_gradient_within_a_hundred_thousandth(clusters: int, iterations: int, size: float, isa: str) -> None:
+    """The bar of the float32 path, from clusters that share their weights to assignments so sharp that a handful of
+    weights between two clusters make the gradient, and the last places of the centroids decide about them."""
+    weight = size * torch.randn(16 if clusters == 256 else 32, 100)
+    centroids = size * (torch.linspace(-2, 2, clusters) + 0.4 / clusters * torch.randn(clusters))
+    for temperature in (1e-5, 1e-4, 1e-3, 1e-2):
+        options = {"temperature": temperature, "iterations": iterations}
+        ours = results(effkern.dkm, weight, centroids, **options)
+        assert effkern.backends.last() == f"dkm_backward:cpu/{unit_of(isa)}/stream"
+        exact = results(reference.dkm, weight, centroids, torch.float64, **options)
+        assert relative(ours["grad"], exact["grad"]) <= 1e-5, temperature
+        for name in ("clustered", "centroids"):  # relative to the weight: they may all be at its mean, near 0
+            assert (ours[name] - exact[name]).abs().max() <= 1e-6 * weight.abs().max(), (name, temperature)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("clusters", [2, 16, 256])
+def test_codes_are_as_exact_as_their_rounding(clusters: int, dtype: torch.dtype) -> None:
+    """Sharp assignments of 16-bit weights, by value: what is rounded is the result."""
+    weight = torch.randn(CODES if clusters < 256 else CODES // 8).repeat(1 if clusters < 256 else 8).to(dtype)
+    centroids = torch.linspace(-2, 2, clusters) + 0.4 / clusters * torch.randn(clusters)
+    for temperature in (1e-4, 1e-3):  # colder, and float16 overflows
+        ours = results(effkern.dkm, weight, centroids, temperature=temperature)
+        assert effkern.backends.last().endswith("/codes")
+        exact = results(reference.dkm, weight, centroids, torch.float64, temperature=temperature)
+        assert relative(ours["centroids"], exact["centroids"]) <= 1e-6
+        for name in ("clustered", "grad"):
+            assert relative(ours[name], exact[name]) <= torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,6 +175,91 @@ def test_cold_is_hard_assignment(dtype: torch.dtype, temperature: float, isa: st
         torch.testing.assert_close(
             found["grad"][0].double(), means[near], rtol=4 * torch.finfo(dtype).eps, atol=1e-6
         )
+
+
+def shards(weight: Tensor, centroids: Tensor, temperature: float) -> Any:
+    """What process_group runs, of one process."""
+    return reference_shards.iterate(weight, centroids, temperature, 2, 0.0, 1, lambda sums: sums)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [1e-12, 1e-30, 1e-40, 1e-300])
+def test_cold_reference_is_hard_assignment(dtype: torch.dtype, temperature: float) -> None:
+    weight = torch.tensor([[-1.0, -1.5, 0.5, 0.75, 0.25, 4.0]]).to(dtype)
+    centroids = torch.tensor([-1.0, 0.0, 100.0, 3.0])
+    options: dict[str, Any] = {"temperature": temperature, "iterations": 2}
+    found = results(effkern.dkm, weight, centroids, backend="reference", **options)
+    assert effkern.backends.last() == "dkm:reference"
+    assert found["centroids"].tolist() == [-1.25, 0.5, 100.0, 4.0]
+    expected = torch.tensor([[-1.25, -1.25, 0.5, 0.5, 0.5, 4.0]]).to(dtype)
+    assert torch.equal(found["clustered"], expected)
+    sent = torch.randint(-64, 65, (6,), generator=torch.Generator().manual_seed(1)).double() / 32
+    near = torch.tensor([0, 0, 1, 1, 1, 3])
+    means = torch.stack([sent[near == near[i]].mean() for i in range(6)])
+    close: dict[str, float] = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(found["grad"][0].double(), means, **close)
+    clustered, *path = reference.dkm_iterate(weight, centroids, temperature, 2, 0.0, 1, 1)
+    closed = reference.dkm_backward(sent.to(dtype)[None], weight, *path, temperature, 1, 1)
+    torch.testing.assert_close(closed[0].double(), means, **close)
+    parts, made = shards(weight, centroids, temperature)
+    assert torch.equal(parts, clustered) and torch.equal(parts, expected)
+    grad = reference_shards.gradient(sent.to(dtype)[None], weight, made, temperature, 1, lambda sums: sums)
+    torch.testing.assert_close(grad[0].double(), means, **close)
+
+
+def test_squares_that_overflow() -> None:
+    """Near 1e20 the square of a distance is no float32 number."""
+    weight = torch.tensor([1e20, 2e20, 9e19, 1e-3, 4e-3])
+    centroids = torch.tensor([0.0, 4e-3, 5e19, 3e20])
+    options: dict[str, Any] = {"temperature": 1e-7, "iterations": 1}
+    expected = torch.tensor([9.5e19, 2e20, 9.5e19, 1e-3, 4e-3])
+    torch.testing.assert_close(effkern.dkm(weight, centroids, **options)[0], expected, rtol=1e-3, atol=0)
+    found = results(effkern.dkm, weight, centroids, backend="reference", **options)
+    torch.testing.assert_close(found["clustered"], expected, rtol=1e-3, atol=0)
+    exact = results(reference.dkm, weight, centroids, torch.float64, **options)
+    torch.testing.assert_close(found["grad"].double(), exact["grad"], rtol=1e-3, atol=1e-3)
+
+
+def test_shards_name_the_argument_that_is_not_finite() -> None:
+    broken = torch.tensor([0.0, torch.nan])
+    with pytest.raises(RuntimeError, match="dkm: centroids has entries that are not finite"):
+        shards(torch.randn(5), broken, 0.1)
+    with pytest.raises(RuntimeError, match="dkm: weight has entries that are not finite"):
+        shards(broken, torch.zeros(2), 0.1)
+
+
+def test_shards_take_memory_for_one_chunk() -> None:
+    """Of a million weights and 16 clusters no tensor of weights times clusters, 64 MiB, is made."""
+    weight, centroids = torch.randn(1 << 20), spread(16)
+    options = (0.1, 1, 0.0, 1, lambda sums: sums)
+    made = reference_shards.iterate(weight, centroids, *options)[1]
+    room = 16 * 4 * 16 * reference_shards.CHUNK  # of chunks times clusters
+    cpu = torch.device("cpu")
+    forward = peak_tensor_bytes(lambda: reference_shards.iterate(weight, centroids, *options), cpu)
+    backward = peak_tensor_bytes(
+        lambda: reference_shards.gradient(weight, weight, made, 0.1, 1, lambda sums: sums), cpu
+    )
+    assert forward is not None and backward is not None
+    assert weight.nbytes < forward <= weight.nbytes + room
+    assert weight.nbytes < backward <= weight.nbytes + room
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_backward_on_plain_operations_ignores_autocast(dim: int) -> None:
+    """What a GPU runs without Triton, and what shards run: products in float32 also where `backward` is called under
+    autocast."""
+    weight, centroids = torch.randn(6, 64), spread(8, 1, dim)
+    _, *path = reference.dkm_iterate(weight, centroids, 0.1, 3, 0.0, 1, dim)
+    sent = torch.randn_like(weight)
+    expected = reference.dkm_backward(sent, weight, *path, 0.1, 1, dim)
+    options = (0.1, 3, 0.0, dim, lambda sums: sums)
+    leaf = weight.clone().requires_grad_()
+    clustered, *_ = _Shards.apply(leaf, centroids, *options)
+    with torch.autocast("cpu", torch.bfloat16):
+        composed = _composed_backward(sent, weight, *path, 0.1, 1, dim)
+        (sharded,) = torch.autograd.grad(clustered, leaf, sent)
+    assert torch.equal(composed, expected)
+    torch.testing.assert_close(sharded, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,9 +349,9 @@ def test_non_finite_values_are_named() -> None:
                     broken = weight.clone()
                     broken[1, place] = value
                     for groups, centroids in ((1, spread(3)), (2, spread(3, 2))):
-                        with pytest.raises(RuntimeError, match="dkm: weight contains NaN or infinity"):
+                        with pytest.raises(RuntimeError, match="dkm: weight has entries that are not finite"):
                             effkern.dkm(broken, centroids, temperature=0.1, groups=groups)
-        with pytest.raises(RuntimeError, match="dkm: centroids contains NaN or infinity"):
+        with pytest.raises(RuntimeError, match="dkm: centroids has entries that are not finite"):
             effkern.dkm(torch.randn(5), torch.tensor([0.0, value]), temperature=0.1)
 
 
@@ -301,3 +407,28 @@ def test_peak_memory(dtype: torch.dtype, clusters: int) -> None:
     assert weight.nbytes <= found <= allowed
     found = peak(lambda: torch.autograd.grad(out, weight, sent))
     assert weight.nbytes <= found <= allowed
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(("groups", "dim"), [(1, 1), (2, 1), (2, 2)])
+def test_convergence_tells_when_groups_settle_and_how_far_centroids_move(
+    backend: str | None, groups: int, dim: int
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64, requires_grad=True)
+    shape = [groups] * (groups > 1) + [4] + [dim] * (dim > 1)
+    start = torch.linspace(-1, 1, 4).reshape([1] * (groups > 1) + [4] + [1] * (dim > 1)).expand(shape)
+    options = {"temperature": 0.02, "iterations": 40, "groups": groups, "dim": dim, "backend": backend}
+    clustered, centroids, found = effkern.dkm(weight, start, tolerance=1e-2, convergence=True, **options)
+    plain, alone = effkern.dkm(weight, start, tolerance=1e-2, **options)
+    assert torch.equal(clustered, plain) and torch.equal(centroids, alone)
+    assert clustered.requires_grad and not any(t.requires_grad for t in found)
+    assert found.iterations.shape == (groups,) and found.moved.shape == (groups, 40)
+    for made, moved, counts in zip(found.iterations.tolist(), found.moved, found.counts, strict=True):
+        assert 1 < made < 40
+        assert (moved[: made - 1] > 1e-2).all() and 0 < moved[made - 1] <= 1e-2 and not moved[made:].any()
+        assert counts.sum().item() == pytest.approx(weight.numel() / groups / dim, rel=1e-5)
+    _, last, longer = effkern.dkm(weight, start, convergence=True, **options | {"iterations": 1})
+    assert longer.iterations.tolist() == [1] * groups
+    step = (last - start).abs().reshape(groups, -1).amax(1)
+    torch.testing.assert_close(longer.moved[:, 0], step, rtol=1e-5, atol=1e-6)

@@ -83,7 +83,7 @@ def test_counting_is_sorting(dtype: torch.dtype, weighted: bool, threads: Callab
         torch.testing.assert_close(results[0].double(), exact, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("clusters", [2, 3, 8, 40])
+@pytest.mark.parametrize("clusters", [2, 3, 8, 40, 256])
 def test_many_distinct_values(clusters: int) -> None:
     """More values than the first round of cells has: whatever a bound leaves out must not hold the optimum. A random
     change of the boundaries, and Lloyd's iterations from other starts, find nothing better."""
@@ -115,12 +115,48 @@ def test_many_distinct_values(clusters: int) -> None:
         assert cost(bounds) >= found * (1 - 1e-12)
 
 
+@pytest.mark.parametrize("clusters", [24, 64, 100, 256])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_evenly_spaced_values(clusters: int, weighted: bool) -> None:
+    """Clusters of as many values as the others, or one more: at the price of one of those clusters any number of them
+    is an optimum, so this is the number asked for by putting two optima together."""
+    count = 20_001
+    weight = torch.arange(count, dtype=torch.float32)
+    found = effkern.kmeans_init(
+        weight, clusters, importance=torch.full_like(weight, 0.375) if weighted else None
+    )
+    assert len(found) == clusters and (found.diff() > 0).all()
+    size, larger = divmod(count, clusters)
+    least = (clusters - larger) * (size**3 - size) / 12 + larger * ((size + 1) ** 3 - (size + 1)) / 12
+    middles = (found[1:] + found[:-1]).double() / 2
+    nearest = found.double()[torch.searchsorted(middles, weight.double())]
+    assert (weight.double() - nearest).square().sum() <= least * (1 + 1e-9)
+
+
 def test_clumps_far_apart_keep_what_is_inside() -> None:
     """Two clumps whose inner spread is 1e-14 of the squared distance between them."""
     clump = torch.tensor([0.0, 1, 2, 3, 10, 11, 12, 13]) * 2.0**-23
     weight = torch.cat([1 + clump, -1 - clump, -1 - clump])
     expected = torch.cat([-1 - clump.view(2, 4).mean(-1).flip(0), 1 + clump.view(2, 4).mean(-1)])
     torch.testing.assert_close(effkern.kmeans_init(weight, 4), expected, rtol=0, atol=2.0**-22)
+
+
+@pytest.mark.parametrize("step", [2.0**-12, 2.0**-6])
+@pytest.mark.parametrize("clusters", [200, 255, 256])
+def test_many_clumps(clusters: int, step: float) -> None:
+    """255 of them, with 32 values each: one cluster more than clumps saves orders of magnitude less than one less."""
+    inside, width = step * torch.arange(32), 32
+    weight = (torch.arange(255.0)[:, None] + inside).flatten()
+    found = effkern.kmeans_init(weight, clusters)
+    assert len(found) == clusters and (found.diff() > 0).all()
+    middles = (found[1:] + found[:-1]).double() / 2
+    nearest = found.double()[torch.searchsorted(middles, weight.double())]
+    cost = (weight.double() - nearest).square().sum().item()
+    clump = (width**3 - width) / 12 * step**2
+    half = 2 * ((width // 2) ** 3 - width // 2) / 12 * step**2
+    # 55 clusters of two neighbours each, where there are too few; one clump in halves, where there is one more.
+    least = {200: 255 * clump + 55 * width / 2, 255: 255 * clump, 256: 254 * clump + half}[clusters]
+    assert cost <= least * (1 + 1e-4)  # centroids are rounded to float32
 
 
 def test_fewer_values_than_clusters() -> None:
@@ -132,6 +168,20 @@ def test_fewer_values_than_clusters() -> None:
     assert effkern.kmeans_init(torch.full((4, 4), 7.0).bfloat16(), 3).tolist() == [7.0] * 3
     assert effkern.kmeans_init(torch.tensor([2.5]), 1).tolist() == [2.5]
     assert effkern.kmeans_init(torch.full((1, 40_000), 0.3).half(), 2).tolist() == [0.300048828125] * 2
+
+
+def test_importance_in_float64_keeps_its_ratios() -> None:
+    """Beyond what float32 holds, each group at another scale."""
+    weight, importance = torch.randn(2, 50), torch.rand(2, 50, dtype=torch.float64)
+    scales = torch.tensor([[1e40], [1e-300]], dtype=torch.float64)
+    expected = effkern.kmeans_init(weight, 4, groups=2, importance=importance.float())
+    found = effkern.kmeans_init(weight, 4, groups=2, importance=importance * scales)
+    assert effkern.backends.last() == "kmeans_init:cpu"
+    torch.testing.assert_close(found, expected)
+    for bad in (torch.inf, torch.nan, -1e300):
+        importance[1, 7] = bad
+        with pytest.raises(RuntimeError, match="importance has entries that are negative or not finite"):
+            effkern.kmeans_init(weight, 4, groups=2, importance=importance)
 
 
 def test_zero_importance() -> None:

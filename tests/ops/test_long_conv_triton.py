@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import needs_device, needs_interpreter, needs_triton, report, settle, verdicts
+from interpreted import every_dtype, needs_device, needs_interpreter, needs_triton, report, settle
 from long_conv_oracle import Inputs, random_inputs, results
 from long_conv_oracle import check as check_inputs
 from torch import Tensor
@@ -264,11 +264,6 @@ DEVICE_EXTRA = {
 }
 
 
-@pytest.fixture(scope="module", name="verdicts")
-def _verdicts() -> dict[str, str]:
-    return verdicts(__file__)
-
-
 @needs_interpreter
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
 def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
@@ -276,14 +271,14 @@ def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
 def test_device(name: str, dtype: torch.dtype) -> None:
     check({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", [*EXTRA, *DEVICE_EXTRA])
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
     {**EXTRA, **DEVICE_EXTRA}[name](dtype, "cuda")

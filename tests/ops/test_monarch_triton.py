@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import needs_device, needs_interpreter, needs_triton, report, settle, verdicts
+from interpreted import every_dtype, needs_device, needs_interpreter, needs_triton, report, settle
 from torch import Tensor
 
 import effkern
 from effkern.testing import assert_close_to_oracle
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Sizes are (k, q, p, l, s), r = k * q / l; tiles of the interpreter are 16 in every direction.
 CASES: dict[str, dict[str, Any]] = {
@@ -204,11 +202,6 @@ EXTRA = {"needs": check_needs, "chunks": check_chunks, "shapes": check_shapes}
 INTERPRETED = {**EXTRA, "real tiles": check_real_tiles}
 
 
-@pytest.fixture(scope="module", name="verdicts")
-def _verdicts() -> dict[str, str]:
-    return verdicts(__file__)
-
-
 @needs_interpreter
 @pytest.mark.parametrize("name", [*CASES, *INTERPRETED])
 def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
@@ -216,14 +209,14 @@ def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
 def test_device(name: str, dtype: torch.dtype) -> None:
     check({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", EXTRA)
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
     EXTRA[name](dtype, "cuda")

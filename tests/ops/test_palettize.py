@@ -112,6 +112,28 @@ def test_ties_go_to_the_lower_index() -> None:
     assert layout.unpack(pairs.indices, 1, pairs.bits).tolist() == [[0]]
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (1, 8, 2), (4, 8, 1), (1, 8, 1), (4, 8, 2)], ids=str)
+def test_axes_of_size_one_are_not_kept(shape: tuple[int, ...]) -> None:
+    centroids, weight = torch.randn(shape), torch.randn(8, 12)
+    palette = effkern.palettize(weight, centroids)
+    assert tuple(palette.lut.shape) == tuple(n for n in shape if n > 1)
+    back = Palette.from_state_dict(palette.state_dict())
+    assert torch.equal(back.to_dense(), palette.to_dense())
+
+
+def test_neighbours_in_float64() -> None:
+    """The middle of two numbers without another between them is one of them."""
+    least = torch.finfo(torch.float64).eps
+    centroids = 1.0 + least * torch.arange(9, dtype=torch.float64)
+    for table in (centroids, centroids.flip(0), -centroids):
+        for first in range(8):
+            pair = table[first : first + 2]
+            dense = effkern.palettize(table[None], pair).to_dense()[0]
+            assert torch.equal(dense[first : first + 2], pair)
+            below, above = pair.sort().values
+            assert torch.equal(dense, torch.where(table <= below, below, above))
+
+
 def test_odd_sizes() -> None:
     one = effkern.palettize(torch.tensor([2.5]), torch.tensor([1.0, 3.0]))
     assert one.to_dense().tolist() == [3.0] and one.bits == 1
@@ -141,8 +163,8 @@ def test_clustered_and_packed_again() -> None:
 
 W = torch.randn(6, 8)
 BAD = [
-    (W, torch.zeros(257), "centroids must be at most 256 a table, got 257", ValueError),
-    (W, torch.zeros(2, 300, 2), "centroids must be at most 256 a table, got 300", ValueError),
+    (W, torch.zeros(257), "clusters of centroids must be between 1 and 256, got 257", ValueError),
+    (W, torch.zeros(2, 300, 2), "clusters of centroids must be between 1 and 256, got 300", ValueError),
     (W, torch.zeros(4, 3), "does not divide the 6 rows of weight|groups 4 does not divide", ValueError),
     (W, torch.zeros(4, 8, 1, 1), r"centroids must have shape \(k\)", ValueError),
     (W, torch.zeros(0), r"centroids must have shape \(k\)", ValueError),

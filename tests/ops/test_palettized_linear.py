@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import effkern
+from effkern.ops._palettized_linear_dispatch import _composed_backward
 from effkern.ops.palettize import Palette
 from effkern.reference import palettized_linear as reference
 from effkern.testing import assert_close_to_oracle
@@ -48,7 +49,7 @@ def results(
     held = Palette(palette.indices, leaves["lut"], palette.shape, palette.bits, palette.groups, palette.dim)
     factors = None if low_rank is None else (leaves["A"], leaves["B"])
     out = product(leaves["x"], held, leaves.get("bias"), low_rank=factors)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad(out, list(leaves.values()), grad)
     return {"out": out.detach(), **dict(zip(leaves, grads))}
 
@@ -62,9 +63,20 @@ def wide(value: Any) -> Any:
 
 
 def check(isa: str, x: Tensor, palette: Palette, bias: Any = None, low_rank: Any = None) -> None:
-    ours = results(effkern.palettized_linear, x, palette, bias, low_rank)
     level = "avx512" if isa in ("avx512_bf16", "amx") else isa
-    assert effkern.backends.last() == f"palettized_linear_backward:cpu/{level}"
+    judge(f"cpu/{level}", effkern.palettized_linear, x, palette, bias, low_rank)
+
+
+def judge(
+    path: str,
+    product: Callable[..., Tensor],
+    x: Tensor,
+    palette: Palette,
+    bias: Any = None,
+    low_rank: Any = None,
+) -> dict[str, Tensor]:
+    ours = results(product, x, palette, bias, low_rank)
+    assert effkern.backends.last() == f"palettized_linear_backward:{path}"
     plain = results(reference.palettized_linear, x, palette, bias, low_rank)
     exact = results(reference.palettized_linear, wide(x), wide(palette), wide(bias), wide(low_rank))
     tokens = max(1, x.numel() // x.shape[-1])
@@ -73,6 +85,7 @@ def check(isa: str, x: Tensor, palette: Palette, bias: Any = None, low_rank: Any
         # How large a sum is before what cancels has cancelled.
         terms = {"out": x.shape[-1], "x": rows, "lut": tokens * rows * x.shape[-1]}.get(name, tokens * rows)
         assert_close_to_oracle(ours[name], plain[name], exact[name], name, unit=4.0 * max(1, terms) ** 0.5)
+    return ours
 
 
 @pytest.mark.sanitize
@@ -97,10 +110,27 @@ def test_against_oracle(data: st.DataObject, isa: str) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("clusters", [2, 4, 8, 16, 64, 256])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
-def test_whole_blocks(clusters: int, tokens: int, isa: str) -> None:
-    """Several blocks of every number of bits, and what is left of a block, in rows that no tile divides."""
-    palette = make_palette(101, 2 * 512 + 75, clusters)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_blocks(clusters: int, tokens: int, dtype: torch.dtype, isa: str) -> None:
+    """Several blocks of every number of bits, and what is left of a block, in rows that no tile divides; tables of
+    numbers with four bytes and with two."""
+    palette = make_palette(101, 2 * 512 + 75, clusters, dtype=dtype)
     check(isa, torch.randn(tokens, 1099).bfloat16(), palette, torch.randn(101).bfloat16())
+
+
+@pytest.mark.parametrize(("dim", "clusters"), [(1, 2), (1, 8), (1, 16), (1, 256), (4, 64)])
+@pytest.mark.parametrize("tokens", [7, 40, 300])
+def test_products_of_pairs(dim: int, clusters: int, tokens: int, isa: str) -> None:
+    """Tokens and tables in bf16, several pieces of both, where the machine multiplies them in pairs."""
+    palette = make_palette(101, 1100, clusters, 1, dim, torch.bfloat16)
+    x, bias = torch.randn(tokens, 1100).bfloat16(), torch.randn(101)
+    check(isa, x, palette, bias)
+    check(isa, x, palette, bias, (torch.randn(2, 1100), torch.randn(101, 2)))
+    effkern.palettized_linear(x, palette, bias)
+    assert effkern.backends.last() == f"palettized_linear:cpu/{isa}"
+    effkern.palettized_linear(x.float(), palette, bias)
+    level = "avx512" if isa in ("avx512_bf16", "amx") else isa
+    assert effkern.backends.last() == f"palettized_linear:cpu/{level}"
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -150,6 +180,31 @@ def test_eora_factors() -> None:
         effkern.eora_factors(weight, palette, covariance, 13)
     with pytest.raises(ValueError, match="covariance must be finite"):
         effkern.eora_factors(weight, palette, covariance * torch.nan, 3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bias_of_one_token_and_of_any_dtype(dtype: torch.dtype, backend: str) -> None:
+    palette = make_palette(10, 48, 8)
+    x, bias = torch.randn(48, requires_grad=True), torch.randn(10).to(dtype).requires_grad_()
+    out = effkern.palettized_linear(x, palette, bias, backend=backend)
+    expected = palette.to_dense() @ x + bias.float()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+    sent = torch.randn(10)
+    found = torch.autograd.grad(out, (x, bias), sent)
+    assert found[1].dtype == dtype
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, bias), sent))
+
+
+def test_composed_backward_ignores_autocast() -> None:
+    """What a GPU runs without Triton: products in float32 also where `backward` is called under autocast."""
+    palette = make_palette(10, 48, 8)
+    args = (torch.randn(3, 10), torch.randn(3, 48), palette.indices, palette.lut, palette.bits)
+    expected = _composed_backward(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _composed_backward(*args)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_strides_and_frozen_parts() -> None:

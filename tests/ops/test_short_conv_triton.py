@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import needs_device, needs_interpreter, report, settle, verdicts
+from interpreted import every_dtype, needs_device, needs_interpreter, report, settle
 from short_conv_oracle import check, results
 from torch import Tensor
 
@@ -148,11 +148,6 @@ EXTRA = {
 }
 
 
-@pytest.fixture(scope="module", name="verdicts")
-def _verdicts() -> dict[str, str]:
-    return verdicts(__file__)
-
-
 @needs_interpreter
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
 def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
@@ -160,14 +155,14 @@ def test_interpreter(name: str, verdicts: dict[str, str]) -> None:
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", [*CASES, *DEVICE_CASES])
 def test_device(name: str, dtype: torch.dtype) -> None:
     check_case({**CASES, **DEVICE_CASES}[name], dtype, "cuda")
 
 
 @needs_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@every_dtype
 @pytest.mark.parametrize("name", EXTRA)
 def test_device_extra(name: str, dtype: torch.dtype) -> None:
     EXTRA[name](dtype, "cuda")

@@ -54,13 +54,27 @@ static inline __m512 emulated_dpbf16(__m512 c, __m512 a, __m512 b) {
   return result;
 }
 
-static inline __m512 emulated_cvtph(__m256i x) {
-  __m128i halves[2];
+// A conversion of both halves of x.
+template <class Result, class Half, class From, class Convert>
+static inline Result emulated_halves(From x, const Convert& convert) {
+  Half halves[2];
   memcpy(halves, &x, sizeof halves);
-  const __m256 floats[2] = {_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])};
-  __m512 result;
-  memcpy(&result, floats, sizeof result);
+  const decltype(convert(halves[0])) converted[2] = {convert(halves[0]), convert(halves[1])};
+  Result result;
+  memcpy(&result, converted, sizeof result);
   return result;
+}
+
+static inline __m512 emulated_cvtph(__m256i x) {
+  return emulated_halves<__m512, __m128i>(x, [](__m128i half) { return _mm256_cvtph_ps(half); });
+}
+
+static inline __m512d emulated_cvtps_pd(__m256 x) {
+  return emulated_halves<__m512d, __m128>(x, [](__m128 half) { return _mm256_cvtps_pd(half); });
+}
+
+static inline __m256 emulated_cvtpd_ps(__m512d x) {
+  return emulated_halves<__m256, __m256d>(x, [](__m256d half) { return _mm256_cvtpd_ps(half); });
 }
 
 static inline __m256i emulated_cvtps_ph(__m512 x) {
@@ -147,6 +161,8 @@ static inline void emulated_tile_product(int c, int a, int b) {
 #define _mm512_dpbf16_ps(c, a, b) emulated_dpbf16(c, _mm512_castsi512_ps(a), _mm512_castsi512_ps(b))
 #define _mm512_cvtph_ps(x) emulated_cvtph(x)
 #define _mm512_cvtps_ph(x, rounding) emulated_cvtps_ph(x)
+#define _mm512_cvtps_pd(x) emulated_cvtps_pd(x)
+#define _mm512_cvtpd_ps(x) emulated_cvtpd_ps(x)
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
 #undef _mm512_shuffle_f32x4

@@ -30,8 +30,8 @@ EFFKERN_INLINE void transpose_words(__m512i words[16]) {
 }
 
 // target[r][c] = source[r][c], to (padded_rows, padded_columns)
-static void copy_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded_rows,
-                      int64_t padded_columns, Bf16* target) {
+[[maybe_unused]] static void copy_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns,
+                                       int64_t padded_rows, int64_t padded_columns, Bf16* target) {
   for (int64_t r = 0; r < padded_rows; ++r) {
     Bf16* row = target + r * padded_columns;
     const int64_t filled = r < rows ? columns : 0;
@@ -41,8 +41,8 @@ static void copy_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t 
 }
 
 // target[c][r] = source[r][c], to (padded_columns, padded_rows), both multiples of 16
-static void transpose_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded_rows,
-                           int64_t padded_columns, Bf16* target) {
+[[maybe_unused]] static void transpose_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns,
+                                            int64_t padded_rows, int64_t padded_columns, Bf16* target) {
   for (int64_t r = 0; r < padded_rows; r += 16) {
     for (int64_t c = 0; c < padded_columns; c += 16) {
       __m512i block[16];
@@ -59,8 +59,8 @@ static void transpose_rows(const Bf16* source, int64_t stride, int64_t rows, int
 
 // Word target[c / 2][r] = (source[r][c], source[r][c + 1]): the transposed matrix as B operand, (padded_columns / 2,
 // lanes) words with padded_columns a multiple of 32 and lanes of 16. `negate` flips every sign.
-static void transpose_pairs(const Bf16* source, int64_t stride, int64_t rows, int64_t columns, int64_t lanes,
-                            int64_t padded_columns, bool negate, Bf16* target) {
+[[maybe_unused]] static void transpose_pairs(const Bf16* source, int64_t stride, int64_t rows, int64_t columns,
+                                             int64_t lanes, int64_t padded_columns, bool negate, Bf16* target) {
   const __m512i flip = _mm512_set1_epi32(negate ? static_cast<int>(0x80008000u) : 0);
   for (int64_t r = 0; r < lanes; r += 16) {
     for (int64_t c = 0; c < padded_columns; c += 32) {
@@ -80,8 +80,8 @@ static void transpose_pairs(const Bf16* source, int64_t stride, int64_t rows, in
 
 // Word target[r / 2][c] = (source[r][c], source[r + 1][c]): the matrix itself as B operand, (padded_rows / 2,
 // padded_columns) words with padded_columns a multiple of 16.
-static void interleave_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded_rows,
-                            int64_t padded_columns, Bf16* target) {
+[[maybe_unused]] static void interleave_rows(const Bf16* source, int64_t stride, int64_t rows, int64_t columns,
+                                             int64_t padded_rows, int64_t padded_columns, Bf16* target) {
   for (int64_t r = 0; r < padded_rows; r += 2) {
     for (int64_t c = 0; c < padded_columns; c += 16) {
       const int64_t count = max64(0, columns - c);

@@ -60,6 +60,23 @@ EFFKERN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 EFFKERN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 EFFKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// 2^x for x <= 1, relative error below 2e-7; exactly 0 below -126.5, NaN stays NaN. Of several registers side by side:
+// the chain of one is too long for its latencies to be hidden by what comes after it.
+template <int kCount>
+EFFKERN_INLINE void vexp2_below_one(Vec (&x)[kCount]) {
+#define EFFKERN_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kCount; ++i)
+  const Vec least = vset(-127.0f);  // whose exponent is that of 0
+  const Vec shifter = vset(12582912.0f + 127.0f);
+  Vec shifted[kCount], p[kCount];
+  EFFKERN_EACH x[i] = vmax(least, x[i]);
+  EFFKERN_EACH shifted[i] = vadd(x[i], shifter);
+  EFFKERN_EACH x[i] = vsub(x[i], vsub(shifted[i], shifter));
+  EFFKERN_EACH p[i] = vset(kExp2Coefficients[0]);
+  for (int term = 1; term < kExp2Terms; ++term) EFFKERN_EACH p[i] = vfma(p[i], x[i], vset(kExp2Coefficients[term]));
+  EFFKERN_EACH x[i] = vmul(p[i], as_exponent(shifted[i]));
+#undef EFFKERN_EACH
+}
+
 // tanh(x), within 2 units of the last place: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that
 // elsewhere.
 EFFKERN_INLINE Vec vtanh(Vec x) {

@@ -17,6 +17,8 @@ EFFKERN_INLINE Vec vfms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); 
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+// To the nearest whole number, ties to even; zeros keep their sign.
+EFFKERN_INLINE Vec vround(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 
@@ -41,6 +43,28 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
       _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000));
   const Vec tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
   return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
+}
+
+// The low bits of each lane as an exponent.
+EFFKERN_INLINE Vec as_exponent(Vec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
+
+// The same lanes in float64.
+struct Wide {
+  __m256d low, high;
+};
+EFFKERN_INLINE Wide widen(Vec x) {
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+}
+EFFKERN_INLINE Vec narrow(Wide x) { return _mm256_set_m128(_mm256_cvtpd_ps(x.high), _mm256_cvtpd_ps(x.low)); }
+EFFKERN_INLINE Wide wide_set(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
+EFFKERN_INLINE Wide wide_load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+EFFKERN_INLINE void wide_store(double* p, Wide x) { _mm256_storeu_pd(p, x.low), _mm256_storeu_pd(p + 4, x.high); }
+EFFKERN_INLINE Wide wide_add(Wide a, Wide b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_sub(Wide a, Wide b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_mul(Wide a, Wide b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_min(Wide a, Wide b) { return {_mm256_min_pd(a.low, b.low), _mm256_min_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_fma(Wide a, Wide b, Wide c) {
+  return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
 }
 
 // 32-bit words, one a lane.

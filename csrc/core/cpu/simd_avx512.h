@@ -17,6 +17,8 @@ EFFKERN_INLINE Vec vfms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); 
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+// To the nearest whole number, ties to even; zeros keep their sign.
+EFFKERN_INLINE Vec vround(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
@@ -39,6 +41,32 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
   for (int i = 1; i < kExp2Terms; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Coefficients[i]));
   const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
   return _mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p, whole), _mm512_setzero_ps());
+}
+
+// The low bits of each lane as an exponent.
+EFFKERN_INLINE Vec as_exponent(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
+
+// The same lanes in float64.
+struct Wide {
+  __m512d low, high;
+};
+EFFKERN_INLINE Wide widen(Vec x) {
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(high)};
+}
+EFFKERN_INLINE Vec narrow(Wide x) {
+  const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.low)));
+  return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm512_cvtpd_ps(x.high)), 1));
+}
+EFFKERN_INLINE Wide wide_set(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+EFFKERN_INLINE Wide wide_load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+EFFKERN_INLINE void wide_store(double* p, Wide x) { _mm512_storeu_pd(p, x.low), _mm512_storeu_pd(p + 8, x.high); }
+EFFKERN_INLINE Wide wide_add(Wide a, Wide b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_sub(Wide a, Wide b) { return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_mul(Wide a, Wide b) { return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_min(Wide a, Wide b) { return {_mm512_min_pd(a.low, b.low), _mm512_min_pd(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_fma(Wide a, Wide b, Wide c) {
+  return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
 }
 
 // 32-bit words, one a lane.

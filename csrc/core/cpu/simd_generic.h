@@ -24,6 +24,12 @@ EFFKERN_INLINE Vec vselect(VecInt mask, Vec yes, Vec no) { return (Vec)((mask & 
 EFFKERN_INLINE Vec vmax(Vec a, Vec b) { return vselect(a > b, a, b); }
 EFFKERN_INLINE Vec vmin(Vec a, Vec b) { return vselect(a < b, a, b); }
 EFFKERN_INLINE Vec vdiv(Vec a, Vec b) { return a / b; }
+// To the nearest whole number, ties to even; zeros keep their sign.
+EFFKERN_INLINE Vec vround(Vec x) {
+  const Vec magnitude = (Vec)((VecInt)x & 0x7fffffff), shifter = vset(8388608.0f);  // 2^23: what is as large is whole
+  const Vec rounded = vselect(magnitude < shifter, (magnitude + shifter) - shifter, magnitude);
+  return (Vec)((VecInt)rounded | ((VecInt)x & ~0x7fffffff));
+}
 
 EFFKERN_INLINE bool any_greater(Vec a, Vec b) {
   const VecInt m = a > b;
@@ -47,6 +53,32 @@ EFFKERN_INLINE Vec vexp2(Vec x) {
   const VecUnsigned exponent = ((VecUnsigned)shifted << 23) + 0x3f800000u;
   return vselect(x < vset(-126.0f), vzero(), p * (Vec)exponent);
 }
+
+// The low bits of each lane as an exponent.
+EFFKERN_INLINE Vec as_exponent(Vec x) {
+  typedef unsigned VecUnsigned __attribute__((vector_size(16)));
+  return (Vec)((VecUnsigned)x << 23);
+}
+
+// The same lanes in float64.
+typedef double Pair __attribute__((vector_size(16)));
+struct Wide {
+  Pair low, high;
+};
+EFFKERN_INLINE Wide widen(Vec x) { return {Pair{x[0], x[1]}, Pair{x[2], x[3]}}; }
+EFFKERN_INLINE Vec narrow(Wide x) {
+  return Vec{static_cast<float>(x.low[0]), static_cast<float>(x.low[1]), static_cast<float>(x.high[0]),
+             static_cast<float>(x.high[1])};
+}
+EFFKERN_INLINE Wide wide_set(double x) { return {Pair{x, x}, Pair{x, x}}; }
+EFFKERN_INLINE Wide wide_load(const double* p) { return {Pair{p[0], p[1]}, Pair{p[2], p[3]}}; }
+EFFKERN_INLINE void wide_store(double* p, Wide x) { __builtin_memcpy(p, &x, sizeof x); }
+EFFKERN_INLINE Wide wide_add(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
+EFFKERN_INLINE Wide wide_sub(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
+EFFKERN_INLINE Wide wide_mul(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+EFFKERN_INLINE Pair pair_min(Pair a, Pair b) { return Pair{a[0] < b[0] ? a[0] : b[0], a[1] < b[1] ? a[1] : b[1]}; }
+EFFKERN_INLINE Wide wide_min(Wide a, Wide b) { return {pair_min(a.low, b.low), pair_min(a.high, b.high)}; }
+EFFKERN_INLINE Wide wide_fma(Wide a, Wide b, Wide c) { return wide_add(wide_mul(a, b), c); }
 
 // 32-bit words, one a lane.
 typedef uint32_t Words __attribute__((vector_size(16)));
