@@ -8,6 +8,7 @@
 
 #include "attention/plan.h"
 #include "attention/units.h"
+#include "core/operands.h"
 #include "core/trace.h"
 
 namespace effkern::attention {
@@ -64,8 +65,8 @@ Gradients backward(const Tensor& grad_out_in, const std::optional<Tensor>& grad_
   const Kernels& kernels = select_kernels(q_in.scalar_type());
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor grad_out = unit_last_stride(grad_out_in), out = unit_last_stride(out_in);
-  const Tensor lse = torch::stable::contiguous(lse_in);
-  const Tensor grad_lse = grad_lse_in ? torch::stable::contiguous(*grad_lse_in) : lse;  // lse: unused stand-in
+  const Tensor lse = as_contiguous(lse_in);
+  const Tensor grad_lse = grad_lse_in ? as_contiguous(*grad_lse_in) : lse;  // lse: unused stand-in
   Gradients grads{empty_like_shape(q, shape_of(q), q.scalar_type()), empty_like_shape(q, shape_of(k), q.scalar_type()),
                   empty_like_shape(q, shape_of(v), q.scalar_type()),
                   empty_like_shape(q, bias_grad ? shape_of(*o.bias) : std::vector<int64_t>{0}, ScalarType::Float),

@@ -9,6 +9,7 @@
 #include "attention_decode/kernel.h"
 #include "core/buffer.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 
@@ -126,9 +127,9 @@ std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_in, const Tensor& k_in, co
   }
   const Kernels& kernels = select_kernels(q_in.scalar_type());
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
-  const Tensor lengths = torch::stable::contiguous(cache_seqlens);
+  const Tensor lengths = as_contiguous(cache_seqlens);
   std::optional<Tensor> table;
-  if (s.paged) table = torch::stable::contiguous(*page_table);
+  if (s.paged) table = as_contiguous(*page_table);
   const std::vector<float> sinks = attention::read_per_head(sink_logits);
   const int64_t out_shape[4] = {s.batch, s.heads_q, s.queries, s.value_dim};
   Tensor out = torch::stable::new_empty(q, {out_shape, 4}, q.scalar_type());

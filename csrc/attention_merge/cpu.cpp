@@ -10,6 +10,7 @@
 #include "attention_merge/kernel.h"
 #include "core/check.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 
@@ -64,7 +65,7 @@ struct Parts {
 
   explicit Parts(const std::vector<Tensor>& all) {
     for (const Tensor& t : all) {
-      tensors.push_back(torch::stable::contiguous(t));
+      tensors.push_back(as_contiguous(t));
       data.push_back(static_cast<T>(tensors.back().data_ptr()));
     }
   }
@@ -113,10 +114,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_backward_cpu(const Te
   const Kernels& kernels = select_kernels(first.scalar_type());
   const Parts<const void*> outs(outs_in);
   const Parts<const float*> lses(lses_in);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_in), out = torch::stable::contiguous(out_in);
-  const Tensor lse = torch::stable::contiguous(lse_in);
+  const Tensor grad_out = as_contiguous(grad_out_in), out = as_contiguous(out_in);
+  const Tensor lse = as_contiguous(lse_in);
   std::optional<Tensor> grad_lse;
-  if (grad_lse_in) grad_lse = torch::stable::contiguous(*grad_lse_in);
+  if (grad_lse_in) grad_lse = as_contiguous(*grad_lse_in);
   std::vector<Tensor> made_outs, made_lses;
   for (size_t k = 0; k < outs_in.size(); ++k) {
     made_outs.push_back(like(first));

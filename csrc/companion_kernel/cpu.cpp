@@ -8,6 +8,7 @@
 #include "core/buffer.h"
 #include "core/check.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 
@@ -65,8 +66,8 @@ void over_groups(const Kernels& kernels, const Shape& shape, const Body& body) {
 Tensor companion_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& c_in, int64_t length) {
   const Shape shape = check_arguments(a_in, b_in, c_in, length);
   const Kernels& kernels = select_kernels();
-  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
-  const Tensor c = torch::stable::contiguous(c_in);
+  const Tensor a = as_contiguous(a_in), b = as_contiguous(b_in);
+  const Tensor c = as_contiguous(c_in);
   const int64_t sizes[2] = {shape.channels, length};
   Tensor out = torch::stable::new_empty(a, {sizes, 2}, ScalarType::Float);
   trace_record(kernels.forward_path);
@@ -89,9 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> companion_backward_cpu(const Tensor& grad_out
   EFFKERN_CHECK(fits(grad_out_in) && fits(out_in),
                 "companion_kernel_backward: grad_out or out does not match the parameters");
   const Kernels& kernels = select_kernels();
-  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
-  const Tensor c = torch::stable::contiguous(c_in), out = torch::stable::contiguous(out_in);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_in);
+  const Tensor a = as_contiguous(a_in), b = as_contiguous(b_in);
+  const Tensor c = as_contiguous(c_in), out = as_contiguous(out_in);
+  const Tensor grad_out = as_contiguous(grad_out_in);
   Tensor grad_a = like(a), grad_b = like(a), grad_c = like(a);
   trace_record(kernels.backward_path);
   float *to_a = floats(grad_a), *to_b = floats(grad_b), *to_c = floats(grad_c);

@@ -10,6 +10,7 @@
 
 #include "core/check.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 #include "coupling/kernel.h"
@@ -47,7 +48,7 @@ struct Argument {
 
   explicit Argument(const std::optional<Tensor>& t) {
     if (!t) return;
-    storage = torch::stable::contiguous(*t);
+    storage = as_contiguous(*t);
     operand = {storage->const_data_ptr(), kernel_dtype(t->scalar_type())};
   }
 };

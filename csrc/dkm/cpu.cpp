@@ -10,6 +10,7 @@
 #include "core/check.h"
 #include "core/count_codes.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 #include "dkm/codes.h"
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dkm_cpu(const Tensor& weight_in, cons
   EFFKERN_CHECK(1 <= clusters && clusters <= kMaxClusters, "dkm: clusters of centroids must be between 1 and ",
                 kMaxClusters, ", got ", clusters);
   const Shape shape = shape_of(weight_in, clusters, temperature, iterations, tolerance, groups, dim);
-  const Tensor weight = torch::stable::contiguous(weight_in), centroids = torch::stable::contiguous(centroids_in);
+  const Tensor weight = as_contiguous(weight_in), centroids = as_contiguous(centroids_in);
   const int64_t path_sizes[4] = {groups, iterations + 1, clusters, dim},
                 count_sizes[3] = {groups, iterations, clusters};
   Tensor out = torch::stable::new_empty(weight, weight.sizes(), weight.scalar_type());
@@ -198,9 +199,9 @@ Tensor dkm_backward_cpu(const Tensor& grad_in, const Tensor& weight_in, const Te
                 "dkm_backward: grad_out has shape ", shape_string(grad_in),
                 ", which does not match weight, or another dtype or device");
   const Shape shape = shape_of(weight_in, clusters, temperature, iterations, 0, groups, dim);
-  const Tensor weight = torch::stable::contiguous(weight_in), grad = torch::stable::contiguous(grad_in);
-  const Tensor trajectory = torch::stable::contiguous(trajectory_in), counts = torch::stable::contiguous(counts_in);
-  const Tensor steps = torch::stable::contiguous(steps_in);
+  const Tensor weight = as_contiguous(weight_in), grad = as_contiguous(grad_in);
+  const Tensor trajectory = as_contiguous(trajectory_in), counts = as_contiguous(counts_in);
+  const Tensor steps = as_contiguous(steps_in);
   const int64_t* step_data = static_cast<const int64_t*>(steps.const_data_ptr());
   EFFKERN_CHECK(std::all_of(step_data, step_data + groups, [&](int64_t n) { return 1 <= n && n <= iterations; }),
                 "dkm_backward: steps must be from 1 to ", iterations);

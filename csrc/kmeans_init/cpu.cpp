@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "core/check.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 #include "kmeans_init/kernel.h"
@@ -67,7 +68,7 @@ Faults over_scalars(const Tensor& weight, const float* importance, int64_t clust
 Faults over_vectors(const Tensor& weight, const float* importance, int64_t clusters, int64_t groups, int64_t dim,
                     float* centroids) {
   const int64_t count = weight.numel() / groups / dim;
-  const Tensor wide = torch::stable::to(weight, ScalarType::Float);
+  const Tensor wide = as_dtype(weight, ScalarType::Float);
   const auto* value = static_cast<const float*>(wide.const_data_ptr());
   Faults faults;
   for (int64_t i = 0; i < weight.numel(); ++i) {
@@ -92,9 +93,9 @@ Faults over_vectors(const Tensor& weight, const float* importance, int64_t clust
 Tensor kmeans_init_cpu(const Tensor& weight_in, int64_t clusters, int64_t groups, int64_t dim,
                        std::optional<Tensor> importance_in) {
   check_arguments(weight_in, clusters, groups, dim, importance_in);
-  const Tensor weight = torch::stable::contiguous(weight_in);
+  const Tensor weight = as_contiguous(weight_in);
   std::optional<Tensor> importance;
-  if (importance_in) importance = torch::stable::contiguous(*importance_in);
+  if (importance_in) importance = as_contiguous(*importance_in);
   std::vector<int64_t> shape{clusters};
   if (groups > 1) shape.insert(shape.begin(), groups);
   if (dim > 1) shape.push_back(dim);

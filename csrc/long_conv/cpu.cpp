@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "core/operands.h"
 #include "long_conv/operands.h"
 
 namespace effkern::long_conv {
@@ -96,7 +97,7 @@ struct Shared {
     if (!parts) return like(like_in, wanted);
     const int64_t first[1] = {0};
     const Tensor sum = groups == 1 ? *parts : torch::stable::sum(*parts, first);
-    return torch::stable::to(torch::stable::view(sum, like_in.sizes()), like_in.scalar_type());
+    return as_dtype(torch::stable::view(sum, like_in.sizes()), like_in.scalar_type());
   }
 };
 

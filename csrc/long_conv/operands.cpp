@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/operands.h"
+
 namespace effkern::long_conv {
 namespace {
 
@@ -14,9 +16,7 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
-Tensor as_float(const Tensor& t) {
-  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
-}
+Tensor as_float(const Tensor& t) { return as_contiguous(as_dtype(t, ScalarType::Float)); }
 
 }  // namespace
 
@@ -100,7 +100,7 @@ Operands::Operands(const Tensor& u_in, const Tensor& k_in, const std::optional<T
   if (post_in) post_gate = adjacent(*post_in);
 }
 
-Tensor adjacent(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t); }
+Tensor adjacent(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : as_contiguous(t); }
 
 void write_mark(float* mark, const Operands& call) {
   std::fill(mark, mark + 16, 0.0f);

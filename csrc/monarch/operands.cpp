@@ -1,5 +1,7 @@
 #include "monarch/operands.h"
 
+#include "core/operands.h"
+
 namespace effkern::monarch {
 namespace {
 
@@ -72,7 +74,7 @@ Tensor as_rows(const Tensor& t) {
     const int64_t shape[2] = {t.numel() / std::max<int64_t>(features, 1), features};
     rows = torch::stable::reshape(t, {shape, 2});
   }
-  return rows.stride(1) == 1 || features == 1 ? rows : torch::stable::contiguous(rows);
+  return rows.stride(1) == 1 || features == 1 ? rows : as_contiguous(rows);
 }
 
 Tensor new_rows(const Tensor& x, int64_t features) {
@@ -88,7 +90,7 @@ Tensor new_gradient(bool wanted, const Tensor& like) {
 }
 
 Factor::Factor(const Tensor& t, const Kernels& kernels, bool often, bool transposed, bool prepared)
-    : storage(torch::stable::contiguous(t)),
+    : storage(as_contiguous(t)),
       weights{storage.const_data_ptr(), nullptr} {
   const int64_t blocks = t.size(0), rows = t.size(1), columns = t.size(2);
   const int64_t bytes = kernels.prepared_bytes(rows, columns, transposed, often);
@@ -102,7 +104,7 @@ Factor::Factor(const Tensor& t, const Kernels& kernels, bool often, bool transpo
   weights.prepared = room.data;
 }
 
-Bias::Bias(const Tensor& t, const Kernels& kernels) : storage(torch::stable::contiguous(t)) {
+Bias::Bias(const Tensor& t, const Kernels& kernels) : storage(as_contiguous(t)) {
   data = static_cast<const float*>(storage.const_data_ptr());
   if (t.scalar_type() == ScalarType::Float) return;
   room.reserve(t.numel() * static_cast<int64_t>(sizeof(float)));

@@ -11,6 +11,7 @@
 #include "core/buffer.h"
 #include "core/check.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 #include "palettized_linear/kernel.h"
@@ -59,7 +60,7 @@ int64_t row_bytes(int64_t count, int64_t bits) {
 Tensor as_rows(const Tensor& t) {
   const int64_t features = t.size(t.dim() - 1);
   const int64_t shape[2] = {t.numel() / std::max<int64_t>(features, 1), features};
-  const Tensor wide = torch::stable::to(torch::stable::contiguous(t), ScalarType::Float);
+  const Tensor wide = as_dtype(as_contiguous(t), ScalarType::Float);
   return torch::stable::reshape(wide, {shape, 2});
 }
 
@@ -77,8 +78,8 @@ struct Weight {
   int64_t clusters;
 
   Weight(const Tensor& x, const Tensor& indices_in, const Tensor& lut_in, int64_t bits, int64_t groups, int64_t dim)
-      : indices(torch::stable::contiguous(indices_in)),
-        lut(torch::stable::to(torch::stable::contiguous(lut_in), ScalarType::Float)) {
+      : indices(as_contiguous(indices_in)),
+        lut(as_dtype(as_contiguous(lut_in), ScalarType::Float)) {
     const char* op = "palettized_linear";
     EFFKERN_CHECK(floating(x), op, ": x must be float32, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
     EFFKERN_CHECK(floating(lut_in), op, ": lut must be float32, bfloat16 or float16, got ",
@@ -155,7 +156,7 @@ constexpr int64_t kFewTokens = 6;
 
 void multiply_pairs(const PairKernels& kernels, const Packed& w, const Tensor& x_in, const float* bias, void* out) {
   constexpr int64_t kPiece = 256;  // features that a task packs
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const int64_t columns = w.count * w.dim, tokens = x.numel() / columns;
   const int64_t lanes = (tokens + 15) / 16 * 16, depth = (columns + 31) / 32 * 32;
   Buffer pairs, scratch;
@@ -181,7 +182,7 @@ Tensor forward_cpu(const Tensor& x_in, const Tensor& indices, const Tensor& lut,
   if (bias_in) {
     EFFKERN_CHECK(bias_in->dim() == 1 && bias_in->size(0) == w.rows && floating(*bias_in) && bias_in->is_cpu(),
                   "palettized_linear: bias must be floating, of shape (", w.rows, ",), got ", shape_string(*bias_in));
-    bias = torch::stable::to(torch::stable::contiguous(*bias_in), ScalarType::Float);
+    bias = as_dtype(as_contiguous(*bias_in), ScalarType::Float);
   }
   const ScalarType dtype = wide ? ScalarType::Float : x_in.scalar_type();
   const Kernels& kernels = select_kernels(dtype);
@@ -317,7 +318,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out_in, const Tensor&
   trace_record(kernels.backward_path);
   if (need_x && x.size(0)) gradient_of_x(kernels, weight.packed, grad_out, grad_x);
   if (need_lut) gradient_of_lut(kernels, weight, grad_out, x, grad_lut);
-  return {torch::stable::to(grad_x, x_in.scalar_type()), torch::stable::to(grad_lut, lut.scalar_type())};
+  return {as_dtype(grad_x, x_in.scalar_type()), as_dtype(grad_lut, lut.scalar_type())};
 }
 
 }  // namespace

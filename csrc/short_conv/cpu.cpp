@@ -10,6 +10,7 @@
 #include "core/buffer.h"
 #include "core/check.h"
 #include "core/cpu/isa.h"
+#include "core/operands.h"
 #include "core/parallel.h"
 #include "core/trace.h"
 #include "short_conv/kernel.h"
@@ -63,9 +64,7 @@ Shape check_arguments(const Tensor& x, const Tensor& weight, const std::optional
 }
 
 // (B, H, L) with adjacent positions; decoding wants all of it contiguous.
-Tensor as_rows(const Tensor& t) {
-  return t.size(2) > kFewPositions && t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor as_rows(const Tensor& t) { return t.size(2) > kFewPositions && t.stride(2) == 1 ? t : as_contiguous(t); }
 
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
@@ -75,7 +74,7 @@ struct Parameter {
   Buffer room;
   const float* data;
 
-  Parameter(const Tensor& t, const Kernels& kernels) : storage(torch::stable::contiguous(t)) {
+  Parameter(const Tensor& t, const Kernels& kernels) : storage(as_contiguous(t)) {
     data = static_cast<const float*>(storage.const_data_ptr());
     if (t.scalar_type() == ScalarType::Float) return;
     room.reserve(t.numel() * static_cast<int64_t>(sizeof(float)));
@@ -98,7 +97,7 @@ struct Arguments {
       : x(as_rows(x_in)),
         weight(weight_in, kernels) {
     if (bias_in) bias.emplace(*bias_in, kernels);
-    if (state_in && state_in->numel()) state = torch::stable::contiguous(*state_in);
+    if (state_in && state_in->numel()) state = as_contiguous(*state_in);
     inputs = {shape,
               rows_of(x),
               state ? state->const_data_ptr() : nullptr,
