@@ -54,7 +54,7 @@ def rank(index: int, mode: str, meeting: str) -> None:
     if mode == "late":
         _reversible_step.Source.prepare = lambda self: None
     if mode == "nested":
-        _reversible_step.Replay._pull = nested
+        _reversible_step.Replay.pull = nested
     for overlap in (False, True) if mode in ("ddp", "fsdp") else (True,):
         torch.manual_seed(0)
         whole = Model(overlap).double()

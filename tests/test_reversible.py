@@ -107,13 +107,13 @@ def test_side_inputs_get_gradients(overlap: bool) -> None:
 
 
 def test_side_inputs_without_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = _reversible_step.Replay.gradients
+    right = _reversible_step.Replay.completed
 
-    def wrong(self: _reversible_step.Replay, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        found = right(self, grads)
+    def wrong(self: _reversible_step.Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        found = right(self, inputs)
         return (*found[: len(found) - len(self._side_leaves)], *(None for _ in self._side_leaves))
 
-    monkeypatch.setattr(_reversible_step.Replay, "gradients", wrong)
+    monkeypatch.setattr(_reversible_step.Replay, "completed", wrong)
     with pytest.raises(AssertionError):
         _side_gradients(ReversibleSequence(blocks(5)).double())
 
@@ -288,16 +288,16 @@ def test_gradients_of_parameters_arrive_block_by_block() -> None:
 
 
 def test_gradients_of_parameters_that_come_at_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, late = _reversible_step.Replay.gradients, []
+    right, late = _reversible_step.Replay.completed, []
 
-    def wrong(self: _reversible_step.Replay, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        found = right(self, grads)
+    def wrong(self: _reversible_step.Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        found = right(self, inputs)
         late.extend(zip(self.step.leaves, found[2:]))
         if self.step.index == 0:
             torch.autograd.backward([p for p, _ in late], [g for _, g in late])
         return (*found[:2], *(None for _ in self.step.leaves))
 
-    monkeypatch.setattr(_reversible_step.Replay, "gradients", wrong)
+    monkeypatch.setattr(_reversible_step.Replay, "completed", wrong)
     events = _order(ReversibleSequence(blocks(3), overlap=False))
     assert events[:3] == ["r2", "r1", "r0"] and {"g0", "g1", "g2"} == set(events[3:])
 

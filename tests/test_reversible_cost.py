@@ -88,14 +88,14 @@ def test_rounding_adds_no_pass() -> None:
 def _copied(monkeypatch: pytest.MonkeyPatch) -> int:
     """Gradients of parameters that autograd has copied instead of taken over."""
     made: dict[int, int] = {}
-    right = _reversible_step.Replay.gradients
+    right = _reversible_step.Replay.completed
 
-    def noted(self: _reversible_step.Replay, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        found = right(self, grads)
+    def noted(self: _reversible_step.Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        found = right(self, inputs)
         made.update((id(p), g.data_ptr()) for p, g in zip(self.step.leaves, found[2:]) if g is not None)
         return found
 
-    monkeypatch.setattr(_reversible_step.Replay, "gradients", noted)
+    monkeypatch.setattr(_reversible_step.Replay, "completed", noted)
     net = ReversibleSequence(blocks(DEPTH), overlap=False)
     sum(y.square().sum() for y in net(torch.randn(3, WIDTH))).backward()
     parameters = list(net.parameters())
@@ -108,13 +108,13 @@ def test_gradients_of_parameters_are_taken_over(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_gradients_that_somebody_holds_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, held = _reversible_step.Replay.gradients, []
+    right, held = _reversible_step.Replay.completed, []
 
-    def holding(self: _reversible_step.Replay, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        held.append(right(self, grads))
+    def holding(self: _reversible_step.Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        held.append(right(self, inputs))
         return held[-1]
 
-    monkeypatch.setattr(_reversible_step.Replay, "gradients", holding)
+    monkeypatch.setattr(_reversible_step.Replay, "completed", holding)
     assert _copied(monkeypatch) > 0
 
 

@@ -132,6 +132,7 @@ class Coupling:
     """One block's algebra, with its constants as they were in the forward pass."""
 
     keeps_shape: ClassVar[bool] = True  # a sub-block must return the shape of its input
+    unwinds: ClassVar[bool] = False  # whether there is an `unwind`
     reads: ClassVar[int | None] = None  # how many of the inputs, from the first on, `rerun` needs; None: all
 
     @property
@@ -154,11 +155,18 @@ class Coupling:
     def gradient(self, pull: Call, grads: State) -> State:
         raise NotImplementedError
 
+    def unwind(
+        self, call: Call, pull: Call, state: State, dtypes: tuple[torch.dtype, ...], grads: State
+    ) -> tuple[State, State]:
+        """What `inverse` and `gradient` return, with calls and pulls in turns: one sub-block's graph at a time."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Additive(Coupling):
     """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
 
+    unwinds: ClassVar[bool] = True
     q: int | None = None
 
     def forward(self, call: Call, state: State, largest: Magnitudes | None = None) -> State:
@@ -179,6 +187,15 @@ class Additive(Coupling):
         dy1, dy2 = grads
         dx1 = dy1 + pull(1, dy2)
         return dx1, dy2 + pull(0, dx1)
+
+    def unwind(
+        self, call: Call, pull: Call, state: State, dtypes: tuple[torch.dtype, ...], grads: State
+    ) -> tuple[State, State]:
+        (y1, y2), (dy1, dy2) = state, grads
+        x2 = subtract(y2, call(1, y1), self.q, dtypes[1])
+        dx1 = dy1 + pull(1, dy2)
+        x1 = subtract(y1, call(0, x2), self.q, dtypes[0])
+        return (x1, x2), (dx1, dy2 + pull(0, dx1))
 
 
 @dataclass(frozen=True)

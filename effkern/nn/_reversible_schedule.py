@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from effkern.nn import _reversible_watch as watch
+from effkern.nn._reversible_step import Replay, Source, Step
 
 if TYPE_CHECKING:
     from effkern.nn._reversible_couplings import State
     from effkern.nn._reversible_engine import Tape
-    from effkern.nn._reversible_step import Replay, Source, Step
 
 _GAIN = 0.95  # a second thread has to be this much faster to be taken
 
@@ -35,7 +35,7 @@ class Promise:
 
 
 class Schedule:
-    """One block after the other: RECOVER(i), GRADS(i), RECOVER(i - 1), ... The graphs of one block exist at a time."""
+    """One block after the other, and within a block one sub-block after the other: the graphs of one at a time."""
 
     def __init__(self, report: Callable[[type[Schedule], float], None] | None = None) -> None:
         self._report = report
@@ -44,10 +44,14 @@ class Schedule:
         self, tape: Tape, here: Source | Replay | Promise, before: Source | None, grads: State
     ) -> tuple[Tensor | None, ...]:
         """The gradients of block `here`; leaves in `tape.waiting` what the node of `before` starts from."""
-        replay = here.replay()
+        if isinstance(here, Source) and not watch.watched():
+            replay, found = here.unwind(grads)
+        else:  # whoever looks on sees RECOVER and GRADS apart
+            replay = here.replay()
+            found = replay.gradients(grads)
         if before is not None:
             tape.waiting[before.step.index] = _follow(before, replay)
-        return replay.gradients(grads)
+        return found
 
     def finished(self, seconds: float, size: int) -> None:
         """Told how long the backward pass of the stack took, and the numbers in one of its states."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,15 @@ class Step:
             )
         return out.detach() if self.traced else out
 
+    @contextlib.contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Those of the second run, which builds graphs and is otherwise like the first.
+
+        Around the whole block, not each sub-block: states have no graph, and sums are those of the forward pass.
+        """
+        with torch.enable_grad(), self.autocast.replayed(), forced_again(self.forced):
+            yield
+
     def draws(self) -> bool:
         """Whether the first run has drawn random numbers."""
         return any(state is not None for state in self.rng)
@@ -173,7 +183,8 @@ class Replay:
         self._graphs[slot] = leaf, out
         return out.detach()
 
-    def _pull(self, slot: int, grad: Tensor) -> Tensor:
+    def pull(self, slot: int, grad: Tensor) -> Tensor:
+        """The gradient of the slot's input; those of parameters and side inputs are added to what is known of them."""
         leaf, out = self._graphs.pop(slot)
         inputs = [t for t in (leaf, *self.step.parameters[slot], *self._wanted) if t.requires_grad]
         found: Sequence[Tensor | None] = ()
@@ -192,7 +203,11 @@ class Replay:
     def gradients(self, grads: State) -> tuple[Tensor | None, ...]:
         """Gradients of the block's inputs, parameters and side inputs, in the order of `Node.apply`."""
         with span("gradients", self.step):
-            inputs = self.step.coupling.gradient(self._pull, grads)
+            inputs = self.step.coupling.gradient(self.pull, grads)
+        return self.completed(inputs)
+
+    def completed(self, inputs: State) -> tuple[Tensor | None, ...]:
+        """With the gradients of the block's inputs, all of them, once every slot has been pulled."""
         return (*inputs, *(self._sums.get(id(t)) for t in [*self.step.leaves, *self._side_leaves]))
 
 
@@ -218,11 +233,33 @@ class Source:
         step = self.step
         step.check_parameters()
         replay = Replay(step, self.sides)
-        # Around the whole block, not each sub-block: states have no graph, and sums are those of the forward pass.
-        with span("recover", step), torch.enable_grad(), step.autocast.replayed(), forced_again(step.forced):
+        with span("recover", step), step.conditions():
             if step.stored:
                 step.coupling.rerun(replay.call, self.state)
                 replay.state = self.state
             else:
                 replay.state = step.coupling.inverse(replay.call, self.state, step.dtypes)
         return replay
+
+    def unwind(self, grads: State) -> tuple[Replay, tuple[Tensor | None, ...]]:
+        """RECOVER and GRADS in turns, where the block allows it: graphs of one sub-block, not of the whole block.
+
+        With nothing beside them, and each timed with the other: for whoever waits for both and looks on at neither.
+        """
+        step = self.step
+        if step.stored or not step.coupling.unwinds:
+            replay = self.replay()
+            return replay, replay.gradients(grads)
+        self.prepare()
+        step.check_parameters()
+        replay = Replay(step, self.sides)
+        autocast, forced = Autocast.now(step.device), backends.forced()
+
+        def pull(slot: int, grad: Tensor) -> Tensor:
+            with torch.no_grad(), autocast.replayed(), forced_again(forced):  # those of this backward pass
+                return replay.pull(slot, grad)
+
+        grads = tuple(grad.detach() for grad in grads)  # their sums are made where graphs are built
+        with step.conditions():
+            replay.state, inputs = step.coupling.unwind(replay.call, pull, self.state, step.dtypes, grads)
+        return replay, replay.completed(inputs)

@@ -28,6 +28,10 @@ def span(kind: Kind, step: Step) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if _watcher is None else _watcher.span(kind, step)
 
 
+def watched() -> bool:
+    return _watcher is not None
+
+
 def serial() -> bool:
     return _watcher is not None and _watcher.serial
 
