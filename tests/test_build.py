@@ -259,11 +259,16 @@ def test_import_with_unusable_home() -> None:
 
 @needs_plain_build
 def test_import_is_quick(tmp_path: Path) -> None:
-    """Less than 150 ms of a processor beyond torch, in the best of some fresh processes, compiled once as an installed
-    package is."""
-    code = "import time, torch; t = time.process_time(); import effkern; print(time.process_time() - t)"
+    """A fifth of what torch takes at most, in the best of some fresh processes, compiled once as an installed package is.
+
+    Beside torch, because clocks differ and change: seconds would be a test of the machine.
+    """
+    clock = "time.process_time()"
+    code = (
+        f"import time; a = {clock}; import torch; b = {clock}; import effkern; print(({clock} - b) / (b - a))"
+    )
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    assert min(float(python(code, **compiled)) for _ in range(4)) < 0.15
+    assert min(float(python(code, **compiled)) for _ in range(4)) < 0.2
 
 
 def test_a_tree_that_is_not_built_says_so(tmp_path: Path) -> None:

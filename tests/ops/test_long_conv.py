@@ -290,9 +290,14 @@ def test_meta_tensors() -> None:
 
 
 def test_peak_memory_is_the_output_and_little_more(threads: Callable[[int], None]) -> None:
-    from effkern.bench.memory import peak_extra_bytes
+    from effkern.bench.memory import peak_extra_bytes, peak_tensor_bytes
 
     threads(2)
     inputs = random_inputs(4, 32, 65_536, 65_536)
-    peak = peak_extra_bytes(lambda: effkern.long_conv(inputs.u, inputs.k), torch.device("cpu"))
-    assert inputs.u.nbytes <= peak <= inputs.u.nbytes + (6 << 20)
+    call = lambda: effkern.long_conv(inputs.u, inputs.k)  # noqa: E731
+    peak, resident = (
+        measured(call, torch.device("cpu")) for measured in (peak_tensor_bytes, peak_extra_bytes)
+    )
+    assert peak is not None and inputs.u.nbytes <= peak <= inputs.u.nbytes + (6 << 20)
+    # Nothing hidden from torch's allocator either; what the system adds, huge pages and threads' stacks, varies.
+    assert resident is None or resident <= peak + (8 << 20)
