@@ -259,7 +259,7 @@ def test_import_with_unusable_home() -> None:
 
 @needs_plain_build
 def test_import_is_quick(tmp_path: Path) -> None:
-    """A fifth of what torch takes at most, in the best of some fresh processes, compiled once as an installed package is.
+    """A fifth of what torch takes at most, in the best of some fresh processes, compiled once as one installed is.
 
     Beside torch, because clocks differ and change: seconds would be a test of the machine.
     """
