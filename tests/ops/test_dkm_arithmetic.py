@@ -148,3 +148,14 @@ def test_bits_of_the_gradient_do_not_depend_on_threads(
         found.append(results(effkern.dkm, weight, centroids, temperature=temperature_at(bits, 4 / 7)))
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in other)
+
+
+@pytest.mark.parametrize("large", [1e16, 1e20])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_of_large_weights_are_finite(backend: str, large: float) -> None:
+    """Distances overflow beside shares of nought; the gradient is that of the mean of each cluster's weights."""
+    weight = torch.tensor([0.0, 0.9 * large, 1.1 * large], requires_grad=True)
+    centroids = torch.tensor([0.0, large])
+    out, _ = effkern.dkm(weight, centroids, temperature=1e-7, iterations=3, backend=backend)
+    (grad,) = torch.autograd.grad(out, weight, torch.tensor([1.0, -1.0, 3.0]))
+    torch.testing.assert_close(grad, torch.ones(3))
