@@ -69,7 +69,8 @@ class ReversibleSequence(nn.Module):
         left as they are. Deterministic.
 
     Cost:
-        One more forward pass. Memory: two states, the inside of one sub-block (of two blocks where backward overlaps), anchors.
+        One more forward pass. Memory: two states, the inside of one sub-block (of two blocks where backward overlaps),
+        anchors.
 
     Source: Gomez et al. 2017 (The Reversible Residual Network); Zhu and Mangalam 2023 (PaReprop: Fast Parallelized
     Reversible Backpropagation), section 3; Zhao et al. 2024 (Dr2Net).
