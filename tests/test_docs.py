@@ -1,8 +1,8 @@
 """The documentation keeps its word: its programs run, its links lead somewhere, and every public name has a place.
 
-A page is one program: its python blocks run in order, in one namespace. HTML comments are for this test: it runs the code
-of `<!-- setup: CODE -->`, for names that a block takes for granted, and of `<!-- check: CODE -->`, where a page makes a
-promise; `<!-- fragment: WHY -->` leaves the block after it out.
+A page is one program: its python blocks run in order, in one namespace. HTML comments are for this test: it runs the
+code of `<!-- setup: CODE -->`, for names that a block takes for granted, and of `<!-- check: CODE -->`, where a page
+makes a promise; `<!-- fragment: WHY -->` leaves the block after it out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import textwrap
@@ -107,7 +108,7 @@ def _links(page: Path) -> Iterator[str]:
 def _anchors(page: Path) -> set[str]:
     """Of the headings, as code hosts and the site make them."""
     tokens = MARKDOWN.parse(page.read_text(encoding="utf-8"))
-    headings = [after.content for token, after in zip(tokens, tokens[1:]) if token.type == "heading_open"]
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
@@ -166,9 +167,8 @@ def test_every_public_name_is_documented(module: str) -> None:
 
 def test_the_table_of_variables_is_complete() -> None:
     """One table, in README.md, has every variable that the code reads, and no other."""
-    sources = subprocess.run(
-        ["git", "ls-files", "effkern", "csrc", "setup.py"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "effkern", "csrc", "setup.py"]
+    sources = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if sources.returncode:
         pytest.skip("not a git checkout")
     text = "\n".join((ROOT / name).read_text("utf-8") for name in sources.stdout.split())
@@ -178,4 +178,5 @@ def test_the_table_of_variables_is_complete() -> None:
         (ROOT / "README.md").read_text("utf-8").partition("## Environment variables")[2].partition("\n## ")[0]
     )
     assert set(re.findall(r"^\| `(EFFKERN_\w+)`", table, re.MULTILINE)) == read
-    assert effkern.backends.NAMES == tuple(re.findall(r"`(\w+)`", re.search(r"force a backend.*", table)[0]))
+    named = re.findall(r"`(\w+)`", table.partition("force a backend")[2].partition("\n")[0])
+    assert tuple(named) == effkern.backends.NAMES
