@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 SECTIONS = ("Numerics", "Cost", "Source", "Calling it")
 _HEADER = re.compile(r"[A-Z][A-Za-z ]*:$")
 _ONE_LINE = re.compile(r"(Source|Calling it): (.+)")
-_PROSE = ("Returns:", *(f"{name}:" for name in SECTIONS))
+_PROSE = ("Returns:", "Yields:", *(f"{name}:" for name in SECTIONS))
 _CODE = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 _DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|py:module):: (effkern[\w.]*)", re.MULTILINE)
 # Nothing in the output. On a line of its own it keeps napoleon from reading "a report: ..." as a type and its text.
