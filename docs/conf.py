@@ -1,19 +1,19 @@
 """The site: `make docs` builds it from these pages and from the docstrings of the package."""
 
+import importlib.metadata
+import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 import docstrings
 
 project = "effkern"
-release = version("effkern")
+release = importlib.metadata.version("effkern")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["examples"]
-# Other pages may join the list of guides; its pattern is allowed to find none.
-suppress_warnings = ["toc.empty_glob"]
 
 myst_heading_anchors = 3
 highlight_language = "none"  # blocks that name no language are formulas and trees of files
@@ -29,7 +29,10 @@ napoleon_use_param = False  # several names may share an entry
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [(name, "returns_style") for name in docstrings.SECTIONS]
-nitpick_ignore_regex = [("py:exc", ".+, .+")]  # "TypeError, ValueError:", which share an entry too
+nitpick_ignore_regex = [
+    ("py:exc", ".+, .+"),  # "TypeError, ValueError:", which share an entry too
+    ("py:class", r"(torch|collections)\..+"),  # no inventories of others: the build needs no network
+]
 
 html_theme = "furo"
 html_title = f"effkern {release}"
@@ -40,5 +43,16 @@ html_show_copyright = False
 html_show_sphinx = False
 
 
+def link_outside(_app, docname, source):
+    """Links to Markdown files outside docs/ become downloads: they are no pages of the site."""
+
+    def target(match):
+        path = (HERE / docname).parent / match[1]
+        return match[0] if path.resolve().is_relative_to(HERE) else f"](path:{match[1]})"
+
+    source[0] = re.sub(r"\]\((\.\./[\w./-]+\.md)(?:#[\w-]+)?\)", target, source[0])
+
+
 def setup(app):
     docstrings.setup(app)
+    app.connect("source-read", link_outside)

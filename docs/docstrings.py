@@ -86,6 +86,8 @@ def _inline(text: str) -> str:
     end = 0
     for span in _CODE.finditer(text):
         pieces += [_escaped(text[end : span.start()]), _code(span[2])]
+        if text[span.end() : span.end() + 1].isalnum():  # `Block`s
+            pieces.append(_EMPTY)
         end = span.end()
     return "".join([*pieces, _escaped(text[end:])])
 
@@ -106,9 +108,11 @@ def _is_field_of_a_tuple(obj: object) -> bool:
 
 def setup(app: Sphinx) -> None:
     def process(
-        _app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]
+        _app: Sphinx, what: str, _name: str, _obj: object, _options: object, lines: list[str]
     ) -> None:
         lines[:] = to_rst(lines)
+        if what in ("attribute", "data", "property"):
+            lines.insert(0, _EMPTY)
 
     def skip(_app: Sphinx, _what: str, _name: str, obj: object, _skip: bool, _options: object) -> bool | None:
         return True if _is_field_of_a_tuple(obj) else None

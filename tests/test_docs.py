@@ -50,7 +50,7 @@ def _pieces(page: Path) -> list[tuple[int, str]]:
                 r"<!--\s*(fragment|setup|check)\b:?(.*)-->", token.content.strip(), re.DOTALL
             )
             if comment and comment[1] != "fragment":
-                pieces.append((token.map[0], textwrap.dedent(comment[2]).strip()))
+                pieces.append((token.map[0], textwrap.dedent(comment[2])))
             skipping = bool(comment) and comment[1] == "fragment"
             continue
         if token.type == "fence" and token.info == "python" and not skipping:
