@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import docstrings
+import docstrings  # noqa: E402
 
 project = "effkern"
 release = importlib.metadata.version("effkern")
