@@ -1,5 +1,5 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
-#   make build | test | bench | lint | wheel | format | clean
+#   make build | test | bench | lint | docs | wheel | format | clean
 # PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -11,10 +11,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One stamp per torch version: TORCH=... on the command line installs again, a second call does nothing.
 READY := $(VENV)/.ready-torch-$(TORCH)
+# Only who builds the site needs its tools; this goes with the other stamp when that is renewed.
+DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test bench lint typing format wheel clean
+.PHONY: setup build test bench lint typing docs format wheel clean
 
 setup: $(READY)
 
@@ -56,6 +58,16 @@ typing: $(READY)
 	@rm -rf build/typing && mkdir -p build/typing && cp -rs "$(CURDIR)/effkern" build/typing/effkern
 	@cp -rs "$(CURDIR)/bench" build/typing/effkern/bench && cp -rs "$(CURDIR)/triton_kernels" build/typing/effkern/_triton
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir /dev/null -p effkern
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+# From nothing every time: a page that has not changed would keep its warnings to itself.
+docs: build $(DOCS_READY)
+	@rm -rf build/docs
+	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d build/docs-cache docs build/docs
+	@echo "build/docs/index.html"
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only -q .

@@ -59,6 +59,12 @@ class Mask:
 
         Raises:
             ValueError: a size is negative, `align` is unknown, or a table of the mask does not have these sizes.
+
+        Example:
+            >>> effkern.masks.SlidingWindow(1, 0).to_dense(3, 3)[0, 0].int()
+            tensor([[1, 0, 0],
+                    [1, 1, 0],
+                    [0, 1, 1]], dtype=torch.int32)
         """
         for name, value in (("Sq", Sq), ("Sk", Sk), ("heads", heads)):
             check_integer("to_dense", name, value, 0)

@@ -77,6 +77,13 @@ def force(name: str | None) -> Iterator[None]:
     """Makes every op of the process use backend `name` inside the block; None restores the automatic choice.
 
     An op that cannot run on it raises `Unavailable`, it never takes another path in silence.
+
+    Example:
+        >>> x = torch.ones(1, 1, 4, 8)
+        >>> with effkern.backends.force("reference"):
+        ...     out = effkern.attention(x, x, x)
+        >>> effkern.backends.last()
+        'attention:reference'
     """
     global _forced
     before = _forced

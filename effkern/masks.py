@@ -126,6 +126,10 @@ def alibi_slopes(heads: int) -> Tensor:
     Returns:
         float32 (heads,).
 
+    Example:
+        >>> effkern.masks.alibi_slopes(4)
+        tensor([0.2500, 0.0625, 0.0156, 0.0039])
+
     Source: Press et al. 2021 (ALiBi), section 3.
     """
     check_integer("alibi_slopes", "heads", heads, 1)

@@ -112,6 +112,10 @@ def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
 
     Source:
         Dao et al. 2022 (Monarch), section 3.3 (reverse sparsification).
+
+    Example:
+        >>> effkern.monarch_dense(torch.ones(2, 2, 2), torch.ones(2, 2, 2)).shape
+        torch.Size([4, 4])
     """
     check_kinds("monarch_dense", w1=w1, w2=w2)
     check_factors("monarch_dense", w1, w2)
