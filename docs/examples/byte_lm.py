@@ -106,7 +106,7 @@ def continued(model: nn.Module, start: bytes, length: int) -> str:
 def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     train, rest = library_text()
-    model, steps = ByteModel(), 80 if quick else 1500
+    model, steps = ByteModel(), 90 if quick else 1500
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(steps):
         bits = loss(model, windows(train, torch.randint(len(train) - CONTEXT - 1, (8,))))

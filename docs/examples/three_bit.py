@@ -1,4 +1,4 @@
-"""A byte model at 3 bits a weight: rounded once it is trained, and fine-tuned with the weights it will be rounded to.
+"""A byte model at 3 bits a weight: rounded, and fine-tuned with the weights that it will be rounded to.
 
 python docs/examples/three_bit.py [--quick]
 """
@@ -44,26 +44,25 @@ def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     text, rest = library_text()
     steps, more = (60, 30) if quick else (1000, 300)
+    shown: dict[str, nn.Module] = {}
     dense = ByteModel()
     train(dense, text, steps, 3e-3)
 
     # What clustering would do, layer by layer; the model is not touched.
     print(effkern.convert.cluster(dense, bits=3, dry_run=True))
-    tuned = copy.deepcopy(dense)
+    shown["dense"] = copy.deepcopy(dense)
+    shown["rounded to 3 bits"] = rounded = copy.deepcopy(dense)
+    effkern.convert.cluster(rounded, bits=3)
+    effkern.convert.finalize(rounded)
+
+    shown["fine-tuned at 3 bits"] = tuned = copy.deepcopy(dense)
     effkern.convert.cluster(tuned, bits=3)
     train(tuned, text, more, 1e-3, TemperatureSchedule(tuned, more))
     print(effkern.convert.finalize(tuned))
 
-    train(dense, text, more, 1e-3)  # as long as the other one
-    rounded = copy.deepcopy(dense)
-    effkern.convert.cluster(rounded, bits=3)
-    effkern.convert.finalize(rounded)
-
-    for name, model in (
-        ("dense", dense),
-        ("rounded after training", rounded),
-        ("fine-tuned at 3 bits", tuned),
-    ):
+    train(dense, text, more, 1e-3)
+    shown["dense, trained as much longer"] = dense
+    for name, model in shown.items():
         print(f"{name}: {held_out_bits(model, rest):.3f} bits per byte, {kilobytes(model):.0f} kB")
 
 
