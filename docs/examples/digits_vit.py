@@ -18,7 +18,7 @@ import effkern
 import effkern.integrations.sdpa
 from effkern.nn import DualResidualSchedule
 
-PATCH, WIDTH, HEADS, DEPTH = 2, 64, 4, 6
+PATCH, WIDTH, HEADS, DEPTH = 2, 64, 4, 4
 
 
 class Attention(nn.Module):
@@ -48,7 +48,7 @@ class ViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, WIDTH, PATCH, PATCH)
-        self.place = nn.Parameter(0.02 * torch.randn((8 // PATCH) ** 2, WIDTH))
+        self.place = nn.Parameter(0.5 * torch.randn((8 // PATCH) ** 2, WIDTH))
         self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
 
@@ -67,7 +67,7 @@ def train(
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for _ in range(steps):
-        chosen = torch.randint(len(images), (128,))
+        chosen = torch.randint(len(images), (64,))
         optimizer.zero_grad()
         F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
         optimizer.step()
@@ -83,10 +83,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     digits = load_digits()
-    images, labels = torch.tensor(digits.images / 16).float(), torch.tensor(digits.target)
+    images, labels = torch.tensor(digits.images / 8 - 1).float(), torch.tensor(digits.target)
     order = torch.randperm(len(images))
     learn, test = order[:1437], order[1437:]
-    steps, more = (80, 40) if quick else (600, 300)
+    steps, more = (150, 40) if quick else (600, 300)
 
     model = ViT()
     with effkern.integrations.sdpa.route() as calls:
