@@ -43,7 +43,7 @@ def kilobytes(model: nn.Module) -> float:
 def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     text, rest = library_text()
-    steps, more = (60, 30) if quick else (1000, 300)
+    steps, more = (50, 20) if quick else (1000, 300)
     shown: dict[str, nn.Module] = {}
     dense = ByteModel()
     train(dense, text, steps, 3e-3)
