@@ -62,7 +62,7 @@ def _monarch_study() -> Study:
             "dense, then projected",
             "monarch",
             dense,
-            lambda model: effkern.convert.monarchize(model, nblocks, "*.mlp.*"),
+            lambda model: effkern.convert.monarchize(model, nblocks, only="*.mlp.*"),
         ),
         Variant("Monarch, then dense", "monarch", sparse, _densify),
     ]

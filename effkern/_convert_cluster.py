@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effkern._convert_cluster_report import ClusterReport
-from effkern._convert_surgery import Filter, memory, places, predicate, weight_reason
+from effkern._convert_surgery import Filter, Place, Surgery, memory, places, select, weight_reason
 from effkern.nn._clustering import ClusteredWeight
 from effkern.nn.clustered import ClusteredEmbedding, ClusteredLinear, refusal
 from effkern.ops.palettize import Palette
@@ -20,9 +20,11 @@ KINDS = (nn.Linear, nn.Embedding)
 def cluster(
     model: nn.Module,
     bits: int = 3,
-    filter: Filter = None,
     *,
+    only: Filter = None,
+    skip: Filter = None,
     importance: Mapping[str, Tensor] | None = None,
+    dry_run: bool = False,
     **options: Any,
 ) -> ClusterReport:
     """Replaces the linear layers and embeddings of a model, in place, by layers that train with clustered weights.
@@ -31,26 +33,30 @@ def cluster(
         model: changed in place. A model that is itself such a layer cannot be: use `ClusteredLinear.from_linear` or
             `ClusteredEmbedding.from_embedding`.
         bits: of an index: 1, 2, 3, 4, 6 or 8.
-        filter: which layers: a pattern of their names ("*.mlp.*") or several, a subclass of nn.Module, or a function of
-            name and module; None takes all.
+        only: the layers to replace: a pattern of their names ("*.mlp.*"), a class of layers, a function of name and
+            module, or a list of these; None takes all.
+        skip: the layers to leave alone, in the same way.
         importance: by the name of a layer: how much an error of each of its weights counts where the centroids start,
             of the weight's shape; squared gradients, say. Of layers with tied weights any name will do.
+        dry_run: the report is that of a conversion, and the model is not touched.
         options: groups, dim, temperature, iterations, tolerance and backend, as in `effkern.nn.ClusteredLinear`.
 
     Returns:
         A report: `.replaced` [(name, bits per weight, error, bytes before, bytes after, tied to)], what each layer
         would be if it were finalized now; `.skipped` [(name, reason)] for every other linear layer and embedding;
         `.bits_per_weight`, `.bytes_before` and `.bytes_after` of all. Bytes are those of weights, not of biases.
+        `.undo()` puts the dense layers back; they have the same Parameters, so this costs no memory, and their weights
+        are those that training has made.
 
     Raises:
-        ValueError: bits or an option is out of its range, importance names no layer that is replaced, or it has
-            different ones for layers with tied weights.
-        TypeError: model is such a layer itself, filter is none of the above, or an option is unknown.
+        ValueError: bits or an option is out of its range, a part of only or skip matches no linear layer or embedding,
+            importance names no layer that is replaced, or it has different ones for layers with tied weights.
+        TypeError: model is such a layer itself, only or skip is none of the above, or an option is unknown.
 
     The new layers hold the Parameters of the old ones, so an optimizer that has been made may go on. Layers with tied
     weights (an embedding and the head of a language model) stay tied, and so do layers that stand in several places.
 
-    A layer is left alone, and the report says why, when the filter does not take it, when its weight also belongs to a
+    A layer is left alone, and the report says why, when only or skip leaves it out, when its weight also belongs to a
     layer or module that stays, when its class is not exactly nn.Linear or nn.Embedding, when it belongs to an
     nn.TransformerEncoderLayer (which reads its weights), when it has hooks, when its weight is computed from other
     parameters, not finite or not floating, when groups or dim does not divide it, or when it is an embedding with a
@@ -61,9 +67,11 @@ def cluster(
     # The checks of the arguments are those of the layers; on the smallest one that they allow.
     groups, dim = options.get("groups", 1), options.get("dim", 1)
     ClusteredLinear(max(dim, 1), max(groups, 1), bits, device="meta", **options)
-    takes = predicate("cluster", filter)
     found = list(places(model, KINDS))
-    reasons = {name: _reason(name, layer, parent, takes, groups, dim) for parent, _, name, layer in found}
+    named = [(name, layer) for _, _, name, layer in found]
+    reasons = select("cluster", "linear layers and embeddings", named, only, skip)
+    for parent, _, name, layer in found:
+        reasons[name] = reasons[name] or _reason(layer, parent, groups, dim)
     taken = {id(layer) for _, _, name, layer in found if reasons[name] is None}
     taken -= {id(layer) for _, _, name, layer in found if reasons[name] is not None}
     holders = _holders(model)
@@ -73,10 +81,12 @@ def cluster(
     if unknown:
         raise ValueError(f"cluster: importance is given for {unknown}, which are not replaced")
     counts = _importances(found, given)
-    report, made = ClusterReport(), dict[int, ClusteredWeight]()
+    surgery, made = Surgery("cluster", model), dict[int, ClusteredWeight]()
+    report = ClusterReport("cluster", dry_run, surgery=surgery)
     # By the weight, which several layers may have: the first of them, its name, and its palette.
     leaders: dict[int, tuple[str, ClusteredWeight, Palette]] = {}
-    for parent, attribute, name, layer in found:
+    for place in found:
+        _, _, name, layer = place
         reason = reasons[name]
         if reason is not None:
             report.skipped.append((name, reason))
@@ -84,7 +94,7 @@ def cluster(
         if id(layer) not in made:
             made[id(layer)] = _clustered(layer, bits, counts.get(id(layer.weight)), options)
         new = made[id(layer)]
-        setattr(parent, attribute, new)
+        surgery.replace(place, new)
         if id(new.weight) not in leaders:
             leaders[id(new.weight)] = name, new, new.palette()
         first, leader, palette = leaders[id(new.weight)]
@@ -92,12 +102,11 @@ def cluster(
             new.centroids, new.latest = leader.centroids.clone(), leader.latest.clone()
             new.temperature = leader.temperature
         report.add(name, new.weight, palette, first)
+    surgery.perform(dry_run)
     return report
 
 
-def _importances(
-    found: list[tuple[nn.Module, str, str, nn.Module]], given: Mapping[str, Tensor]
-) -> dict[int, Tensor]:
+def _importances(found: list[Place], given: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """By the weight: a weight that several layers have is found under any of their names."""
     named: dict[int, str] = {}
     for _, _, name, layer in found:
@@ -117,16 +126,7 @@ def _clustered(
     return ClusteredEmbedding.from_embedding(layer, bits, importance=importance, **options)
 
 
-def _reason(
-    name: str,
-    layer: nn.Module,
-    parent: nn.Module,
-    takes: Callable[[str, nn.Module], bool],
-    groups: int,
-    dim: int,
-) -> str | None:
-    if not takes(name, layer):
-        return "the filter does not take it"
+def _reason(layer: nn.Module, parent: nn.Module, groups: int, dim: int) -> str | None:
     reason = weight_reason(layer, parent, KINDS)
     if reason is None and isinstance(layer, nn.Embedding):
         reason = refusal(layer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from effkern._convert_surgery import Report, relative_error
+from effkern._convert_report import Report
+from effkern._convert_surgery import relative_error
 from effkern.ops.palettize import Palette
 
 if TYPE_CHECKING:
@@ -32,10 +34,9 @@ class Palettized(NamedTuple):
 
 @dataclass
 class ClusterReport(Report):
-    """What `cluster` or `finalize` did. Prints as a table: `rich.print(report)` or `print(report)`."""
+    """What `cluster` or `finalize` did."""
 
     replaced: list[Palettized] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
 
     @property
     def bytes_before(self) -> int:
@@ -52,6 +53,16 @@ class ClusterReport(Report):
         """Of all replaced weights together; 0 where there are none."""
         count = sum(layer.weights for layer in self.replaced if not layer.tied_to)
         return 8 * self.bytes_after / count if count else 0.0
+
+    def _entries(self) -> Sequence[Palettized]:
+        return self.replaced
+
+    def _totals(self) -> dict[str, Any]:
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+        }
 
     def _table(self) -> Table:
         from rich.table import Table

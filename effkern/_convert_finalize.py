@@ -1,4 +1,4 @@
-"""Clustered layers of a model by palettised ones, and the way back from a file."""
+"""Clustered layers of a model by palettised ones, and the way in from a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effkern._convert_cluster import KINDS
 from effkern._convert_cluster_report import ClusterReport
 from effkern._convert_low_rank import correct
-from effkern._convert_surgery import places, undone_on_error
+from effkern._convert_surgery import Filter, Place, Surgery, places, select
 from effkern.nn._clustering import ClusteredWeight
 from effkern.nn.clustered import ClusteredLinear
 from effkern.nn.palettized import PalettizedEmbedding, PalettizedLinear, PalettizedWeight
@@ -21,27 +21,42 @@ _STORE = "weight_palette."  # the part of a palettised layer that has its palett
 
 
 def finalize(
-    model: nn.Module, *, low_rank: int = 0, calibration: Iterable[Any] | None = None
+    model: nn.Module,
+    *,
+    only: Filter = None,
+    skip: Filter = None,
+    low_rank: int = 0,
+    calibration: Iterable[Any] | None = None,
+    dry_run: bool = False,
 ) -> ClusterReport:
     """Replaces the clustered layers of a model, in place, by palettised ones: what is left are indices and tables.
 
     Args:
         model: changed in place; what `cluster` made of it, trained or not (then this is post-training palettisation).
+        only: the layers to replace: a pattern of their names ("*.mlp.*"), a class of clustered layers, a function of
+            name and module, or a list of these; None takes all.
+        skip: the layers to leave alone, in the same way.
         low_rank: the rank r of a correction of every linear layer, for which the palettised weight becomes W_c + B A,
             A (r, in) and B (out, r) in the weight's dtype, by `effkern.eora_factors`; at most min(in, out) of a layer.
             0 for none. Embeddings have none.
         calibration: what the corrections are made for: inputs of the model, each a tensor, a tuple of arguments, or a
             mapping of named ones. A few hundred tokens to a few thousand, of the kind that will be seen; with fewer
             than a layer has inputs, what they miss stays uncorrected.
+        dry_run: the report is that of a conversion, and the model ends as it was: with a calibration it is run.
 
     Returns:
         A report as of `cluster`; errors are those of the palette, with its correction, against the trained weight.
+        `.undo()` puts the clustered layers back, with the weights and centroids that they had. Until then the report
+        keeps them in memory, the dense weights with them (`.held_bytes`), so the model is smaller in files at once,
+        and in memory once the report is dropped or `.release()` was called.
 
     Raises:
-        TypeError: model is a clustered layer itself: its `palette()` makes a PalettizedLinear.
-        ValueError: low_rank is negative, one of low_rank and calibration is given without the other, a linear layer
-            saw no input, or one that is not finite, or layers with tied weights ended with different centroids, as
-            when only one of them ran in training. The model is then as it was.
+        TypeError: model is a clustered layer itself: its `palette()` makes a PalettizedLinear; only or skip is none of
+            the above.
+        ValueError: a part of only or skip matches no clustered layer, low_rank is negative, one of low_rank and
+            calibration is given without the other, a linear layer saw no input, or one that is not finite, or layers
+            with tied weights ended with different centroids, as when only one of them ran in training. The model is
+            then as it was.
         RuntimeError: a weight is not finite.
 
     Weights are rounded to the nearest of the centroids that the last forward in training ended with, the same as the
@@ -50,6 +65,9 @@ def finalize(
 
     The inputs go through the palettised model, in `eval()` and without gradients; every linear layer holds its mean of
     x x^T, (in, in) in float32, until its correction is made.
+
+    A clustered layer is left alone, and the report says why, when only or skip leaves it out, and when its weight also
+    belongs to a layer that they leave out.
     """
     if isinstance(model, ClusteredWeight):
         raise TypeError(
@@ -61,11 +79,13 @@ def finalize(
         raise ValueError(
             "finalize: low_rank and calibration belong together, one was given without the other"
         )
-    report, made = ClusterReport(), dict[int, nn.Module]()
+    surgery, made = Surgery("finalize", model), dict[int, nn.Module]()
+    report = ClusterReport("finalize", dry_run, surgery=surgery)
     leaders: dict[int, tuple[str, PalettizedWeight]] = {}  # by the weight, which several layers may have
-    found = list(places(model, ClusteredWeight))
+    found = _wanted(list(places(model, ClusteredWeight)), only, skip, report)
     _agree(found)
-    for _, _, name, layer in found:
+    for place in found:
+        _, _, name, layer = place
         assert isinstance(layer, ClusteredWeight)
         if id(layer.weight) not in leaders:
             leaders[id(layer.weight)] = name, PalettizedWeight(layer.palette())
@@ -73,10 +93,11 @@ def finalize(
         store.lut.requires_grad_(layer.weight.requires_grad)
         if id(layer) not in made:
             made[id(layer)] = _palettized(layer, store)
-    with undone_on_error(found):
-        for parent, attribute, _, layer in found:
-            setattr(parent, attribute, made[id(layer)])
-        if calibration is not None:
+        surgery.replace(place, made[id(layer)])
+    if calibration is None:
+        surgery.perform(dry_run)
+    else:
+        with surgery.applied(dry_run):
             pairs = {
                 name: (layer, made[id(layer)])
                 for _, _, name, layer in found
@@ -91,7 +112,25 @@ def finalize(
     return report
 
 
-def _agree(found: list[tuple[nn.Module, str, str, nn.Module]]) -> None:
+def _wanted(found: list[Place], only: Filter, skip: Filter, report: ClusterReport) -> list[Place]:
+    """The places to convert; the report gets the others."""
+    named = [(name, layer) for _, _, name, layer in found]
+    reasons = select("finalize", "clustered layers", named, only, skip)
+    stay = {id(layer.get_parameter("weight")) for _, _, name, layer in found if reasons[name] is not None}
+    wanted = []
+    for place in found:
+        _, _, name, layer = place
+        reason = reasons[name]
+        if reason is None and id(layer.get_parameter("weight")) in stay:
+            reason = "its weight also belongs to a layer that stays"
+        if reason is None:
+            wanted.append(place)
+        else:
+            report.skipped.append((name, reason))
+    return wanted
+
+
+def _agree(found: list[Place]) -> None:
     """One palette has to do for all layers of a weight: which of several centroids to take, only the user knows."""
     leaders: dict[int, tuple[str, ClusteredWeight]] = {}
     for _, _, name, layer in found:
@@ -145,16 +184,18 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if wanted:
         raise ValueError(f"restore: the model has no linear layer or embedding {sorted(wanted)}")
     complete, made = dict(state), dict[int, nn.Module]()
-    with undone_on_error(found):
-        for parent, attribute, name, layer in found:
-            store = stores.get(id(layer.get_parameter("weight")))
-            if store is None:
-                continue
-            if id(layer) not in made:
-                made[id(layer)] = _palettized(layer, store)
-            setattr(parent, attribute, made[id(layer)])
-            entries = store.palette().state_dict()
-            complete.update({f"{name}.{_STORE}{key}": entry for key, entry in entries.items()})
+    surgery = Surgery("restore", model)
+    for place in found:
+        _, _, name, layer = place
+        store = stores.get(id(layer.get_parameter("weight")))
+        if store is None:
+            continue
+        if id(layer) not in made:
+            made[id(layer)] = _palettized(layer, store)
+        surgery.replace(place, made[id(layer)])
+        entries = store.palette().state_dict()
+        complete.update({f"{name}.{_STORE}{key}": entry for key, entry in entries.items()})
+    with surgery.applied():
         model.load_state_dict(complete, assign=any(t.is_meta for t in model.state_dict().values()))
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from effkern._convert_surgery import (
-    Filter,
-    Report,
-    memory,
-    places,
-    predicate,
-    relative_error,
-    weight_reason,
-)
+from effkern._convert_report import Report
+from effkern._convert_surgery import Filter, Surgery, memory, places, relative_error, select, weight_reason
 from effkern.nn.monarch import MonarchLinear
 
 if TYPE_CHECKING:
@@ -38,10 +32,26 @@ class Monarchized(NamedTuple):
 
 @dataclass
 class MonarchReport(Report):
-    """What `monarchize` did. Prints as a table: `rich.print(report)` or `print(report)`."""
+    """What `monarchize` did."""
 
+    operation: str = "monarchize"
     replaced: list[Monarchized] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the replaced layers, without biases."""
+        return sum(layer.parameters_before for layer in self.replaced)
+
+    @property
+    def parameters_after(self) -> int:
+        """The same of the layers in their place."""
+        return sum(layer.parameters_after for layer in self.replaced)
+
+    def _entries(self) -> Sequence[Monarchized]:
+        return self.replaced
+
+    def _totals(self) -> dict[str, Any]:
+        return {"parameters_before": self.parameters_before, "parameters_after": self.parameters_after}
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -51,39 +61,46 @@ class MonarchReport(Report):
             counts = f"{layer.parameters_before:,}", f"{layer.parameters_after:,}"
             table.add_row(layer.name, f"{layer.error:.3g}", *counts, f"{layer.speedup:.2f}x")
         if self.replaced:
-            total = Monarchized(
-                f"{len(self.replaced)} layers",
-                0.0,
-                sum(layer.parameters_before for layer in self.replaced),
-                sum(layer.parameters_after for layer in self.replaced),
-            )
-            counts = f"{total.parameters_before:,}", f"{total.parameters_after:,}"
+            before, after = self.parameters_before, self.parameters_after
             table.add_section()
-            table.add_row(total.name, "", *counts, f"{total.speedup:.2f}x")
+            table.add_row(
+                f"{len(self.replaced)} layers", "", f"{before:,}", f"{after:,}", f"{before / after:.2f}x"
+            )
         return table
 
 
 def monarchize(
-    model: nn.Module, nblocks: int = 4, filter: Filter = None, *, rank: int | None = None
+    model: nn.Module,
+    nblocks: int = 4,
+    *,
+    only: Filter = None,
+    skip: Filter = None,
+    rank: int | None = None,
+    dry_run: bool = False,
 ) -> MonarchReport:
     """Replaces the linear layers of a model by `effkern.nn.MonarchLinear`, in place, each by its best approximation.
 
     Args:
         model: changed in place. A model that is itself an nn.Linear cannot be: use `MonarchLinear.from_linear`.
         nblocks: as in MonarchLinear.
-        filter: which layers: a pattern of their names ("*.mlp.*") or several, a subclass of nn.Linear, or a function of
-            name and module; None takes all.
+        only: the layers to replace: a pattern of their names ("*.mlp.*"), a subclass of nn.Linear, a function of name
+            and module, or a list of these; None takes all.
+        skip: the layers to leave alone, in the same way.
         rank: as in MonarchLinear.
+        dry_run: the report is that of a conversion, and the model is not touched.
 
     Returns:
         A report: `.replaced` [(name, error, parameters before, parameters after)] and `.skipped` [(name, reason)] for
-        every other linear layer. Parameters count the weight, not the bias.
+        every other linear layer. Parameters count the weight, not the bias. `.undo()` puts the dense layers back, with
+        the weights that they had; until then, or until `.release()`, the report keeps them in memory.
 
     Raises:
-        ValueError: nblocks is not positive.
-        TypeError: model is an nn.Linear itself, or filter is none of the above.
+        ValueError: nblocks is not positive, or a part of only or skip matches no linear layer.
+        TypeError: model is an nn.Linear itself, or only or skip is none of the above.
 
-    A layer is left alone, and the report says why, when the filter does not take it, when it stands in several places
+    The factors are new Parameters: make the optimizer afterwards. No random numbers are drawn.
+
+    A layer is left alone, and the report says why, when only or skip leaves it out, when it stands in several places
     or shares memory with another parameter, when its class is not exactly nn.Linear (others may be read from outside,
     as MultiheadAttention does with its output projection), when it belongs to an nn.TransformerEncoderLayer (which
     reads its weights), when it has hooks, when a parametrization or torch.nn.utils computes its weight, when the weight
@@ -93,14 +110,15 @@ def monarchize(
         raise ValueError(f"monarchize: nblocks must be at least 1, got {nblocks}")
     if isinstance(model, nn.Linear):
         raise TypeError("monarchize: the model is a linear layer itself; use MonarchLinear.from_linear")
-    takes = predicate("monarchize", filter)
-    owners = _owners(model)
-    report = MonarchReport()
-    for parent, attribute, name, linear in list(places(model, nn.Linear)):
+    found = list(places(model, nn.Linear))
+    named = [(name, layer) for _, _, name, layer in found]
+    reasons = select("monarchize", "linear layers", named, only, skip)
+    owners, surgery = _owners(model), Surgery("monarchize", model)
+    report = MonarchReport(dry_run=dry_run, surgery=surgery)
+    for place in found:
+        parent, _, name, linear = place
         assert isinstance(linear, nn.Linear)
-        reason: str | None = "the filter does not take it"
-        if takes(name, linear):
-            reason = _reason(linear, parent, owners, nblocks, rank)
+        reason = reasons[name] or _reason(linear, parent, owners, nblocks, rank)
         if reason is not None:
             report.skipped.append((name, reason))
             continue
@@ -108,10 +126,11 @@ def monarchize(
         for own, weight in ((made.w1, linear.weight), (made.w2, linear.weight), (made.bias, linear.bias)):
             if own is not None:
                 own.requires_grad_(weight.requires_grad)
-        setattr(parent, attribute, made)
+        surgery.replace(place, made)
         counts = linear.weight.numel(), made.w1.numel() + made.w2.numel()
         error = relative_error(linear.weight, made.dense_weight())
         report.replaced.append(Monarchized(name, error, *counts))
+    surgery.perform(dry_run)
     return report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from effkern._convert_surgery import Filter, Report, has_hooks, predicate
+from effkern._convert_report import Report
+from effkern._convert_surgery import Filter, Surgery, has_hooks, select
 from effkern._residual_trace import Residual, Untraceable, trace
 from effkern.nn import _reversible_anchors as anchoring
 from effkern.nn._reversible_couplings import Dual
@@ -42,13 +43,19 @@ class Reversed(NamedTuple):
 
 @dataclass
 class ReversibleReport(Report):
-    """What `reversible` did. Prints as a table: `rich.print(report)` or `print(report)`."""
+    """What `reversible` did."""
 
-    converted: list[Reversed] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    operation: str = "reversible"
+    replaced: list[Reversed] = field(default_factory=list)
     difference: float | None = (
         None  # of the outputs on the example, relative to the largest; None without one
     )
+
+    def _entries(self) -> Sequence[Reversed]:
+        return self.replaced
+
+    def _totals(self) -> dict[str, Any]:
+        return {"difference": self.difference}
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -56,7 +63,7 @@ class ReversibleReport(Report):
         table = Table("stack", "blocks", "branches", "arguments", "inputs stored", f"at {_END}")
         if self.difference is not None:
             table.caption = f"outputs differ by {self.difference:.2g} of the largest"
-        for stack in self.converted:
+        for stack in self.replaced:
             counts = [str(n) for n in (stack.blocks, stack.branches)]
             kept = [str(n) for n in (stack.stored, stack.stored_at_end)]
             table.add_row(stack.name, *counts, ", ".join(stack.arguments), *kept)
@@ -65,13 +72,15 @@ class ReversibleReport(Report):
 
 def reversible(
     model: nn.Module,
-    filter: Filter = None,
     *,
+    only: Filter = None,
+    skip: Filter = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     overlap: bool | str = "auto",
     error_budget: float = 1e-3,
     example: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> ReversibleReport:
     """Makes the residual blocks of a pretrained model dual-residual ones, in place, to finetune it in less memory.
 
@@ -85,49 +94,53 @@ def reversible(
     Args:
         model: changed in place; a block that is the model itself cannot be converted. Load checkpoints before: names of
             parameters change, the parameters themselves stay.
-        filter: which blocks: a pattern of their names ("encoder.*") or several, a class, or a function of name and
-            module; None takes all.
+        only: the blocks to convert: a pattern of their names ("encoder.*"), a class, a function of name and module, or
+            a list of these; None takes all.
+        skip: the blocks to leave alone, in the same way.
         alpha, beta: the pair to start from.
         overlap, error_budget: as in `effkern.nn.ReversibleSequence`.
         example: input of the model, a tensor, positional arguments or keywords, to compare its outputs before and
             after. A model that reads its blocks otherwise than one after the other is found out only this way.
+        dry_run: the report is that of a conversion, and the model ends as it was: with an example it is run.
 
     Returns:
-        A report: `.converted` [(name, blocks, branches, arguments, stored, stored_at_end)], `.skipped` [(name, reason)]
+        A report: `.replaced` [(name, blocks, branches, arguments, stored, stored_at_end)], `.skipped` [(name, reason)]
         for other blocks with children in such lists, `.difference` of the outputs on the example with alpha = 1 and
-        beta = 0.
+        beta = 0. `.undo()` puts the blocks back; their Parameters are the same, so this costs no memory, and have the
+        values that training has made for the (alpha, beta) of the end, with which the blocks do not compute.
 
     Raises:
-        TypeError: filter is none of the above.
-        ValueError: alpha, beta, overlap or error_budget is out of range.
+        TypeError: only or skip is none of the above.
+        ValueError: a part of only or skip matches no child of such a list that has children of its own; alpha, beta,
+            overlap or error_budget is out of range.
         RuntimeError: the outputs on the example differ by more than roundings; the model is then as it was.
 
-    A block is left alone, and the report says why, when the filter does not take it, when it has hooks, when its
+    A block is left alone, and the report says why, when only or skip leaves it out, when it has hooks, when its
     forward is no sequence of residual branches or calls its children differently in training, and when it has
     parameters that no branch has. Arguments of blocks that only go to their children are handed on; others must keep
     their defaults. Caches of keys and values work without gradients, where all blocks share one.
 
     Source: Zhao et al. 2024 (Dr2Net: Dynamic Reversible Dual-Residual Networks for Memory-Efficient Finetuning).
     """
-    takes = predicate("reversible", filter)
     options = {"alpha": alpha, "beta": beta, "overlap": overlap, "error_budget": error_budget}
     earlier = {id(block) for block in _dual_blocks(model)}
-    expected = None if example is None else _outputs(model, example)
-    report = ReversibleReport()
     lists = [(name, module) for name, module in model.named_modules() if _runs_in_turn(module)]
-    before = [(module, dict(module._modules)) for _, module in lists]
+    blocks = [named for name, module in lists for named in _children(name, module) if _is_block(named[1])]
+    reasons = select("reversible", "blocks in lists", blocks, only, skip)
+    expected = None if example is None else _outputs(model, example)
+    surgery = Surgery("reversible", model)
+    report = ReversibleReport(dry_run=dry_run, surgery=surgery)
     inside: set[int] = set()  # of what is converted
     for name, module in lists:
         if id(module) not in inside:
-            inside |= _convert(name, module, takes, options, report)
-    if example is not None and expected is not None:
-        try:
-            with _pretrained_pair([block for block in _dual_blocks(model) if id(block) not in earlier]):
-                report.difference = _checked_difference(expected, _outputs(model, example))
-        except BaseException:
-            for module, children in before:
-                _set_children(module, children)
-            raise
+            inside |= _convert(name, module, reasons, options, report, surgery)
+    if example is None or expected is None:
+        surgery.perform(dry_run)
+        return report
+    with surgery.applied(dry_run):
+        new = [block for block in _dual_blocks(model) if id(block) not in earlier]
+        with _pretrained_pair(new):
+            report.difference = _checked_difference(expected, _outputs(model, example))
     return report
 
 
@@ -139,19 +152,21 @@ def _runs_in_turn(module: nn.Module) -> bool:
 def _convert(
     prefix: str,
     container: nn.Module,
-    takes: Callable[[str, nn.Module], bool],
+    reasons: Mapping[str, str | None],
     options: dict[str, Any],
     report: ReversibleReport,
+    surgery: Surgery,
 ) -> set[int]:
-    """Replaces each run of blocks of one kind by a stack; returns the modules that are not to be looked at again."""
-    entries = [(key, child) for key, child in container._modules.items() if child is not None]
-    names, children = [f"{prefix}.{key}" if prefix else key for key, _ in entries], [c for _, c in entries]
-    traces = [_trace(name, child, takes, report) for name, child in zip(names, children)]
+    """Makes a stack of each run of blocks of one kind; returns the modules that are not to be looked at again."""
+    entries = _children(prefix, container)
+    names, children = [name for name, _ in entries], [child for _, child in entries]
+    traces = [_trace(name, child, reasons, report) for name, child in entries]
     kinds = [
         None if found is None else (type(child), found.nones, stack_key(found))
         for child, found in zip(children, traces)
     ]
     made: list[nn.Module] = []
+    pairs: list[tuple[nn.Module, nn.Module]] = []
     for kind, group in itertools.groupby(range(len(children)), kinds.__getitem__):
         places = list(group)
         if kind is None:
@@ -159,28 +174,37 @@ def _convert(
             continue
         run = [(children[place], found) for place in places if (found := traces[place]) is not None]
         stack = ReversibleStack([block for block, _ in run], [found for _, found in run], **options)
-        report.converted.append(_reversed(names[places[0]], len(run), stack, options["error_budget"]))
+        report.replaced.append(_reversed(names[places[0]], len(run), stack, options["error_budget"]))
         made.append(stack)
-    if any(kind is not None for kind in kinds):
-        _set_children(container, {str(place): child for place, child in enumerate(made)})
+        pairs += [(block, stack) for block, _ in run]
+    if pairs:
+        after = {str(place): child for place, child in enumerate(made)}
+        surgery.replace_children(prefix or "the model", container, after, pairs)
     settled = [module for module in made if isinstance(module, _REVERSIBLE)]
     return {id(inner) for module in settled for inner in module.modules()}
 
 
-def _set_children(container: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
-    container._modules.clear()
-    container._modules.update(children)
+def _children(prefix: str, container: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{prefix}.{key}" if prefix else key, child)
+        for key, child in container._modules.items()
+        if child is not None
+    ]
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, _REVERSIBLE) and any(True for _ in module.children())
 
 
 def _trace(
-    name: str, block: nn.Module, takes: Callable[[str, nn.Module], bool], report: ReversibleReport
+    name: str, block: nn.Module, reasons: Mapping[str, str | None], report: ReversibleReport
 ) -> Residual | None:
     """The branches of a block, None where it stays as it is."""
-    if isinstance(block, _REVERSIBLE) or not any(True for _ in block.children()):
+    if not _is_block(block):
         return None
     found: Residual | None = None
-    reason: str | None = "the filter does not take it"
-    if takes(name, block):
+    reason = reasons[name]
+    if reason is None:
         try:
             found = trace(block)
             reason = _reason(block, found)

@@ -119,21 +119,21 @@ def test_monarchize_of_a_monarch_model_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("filter", "names"),
+    ("only", "names"),
     [
         ("mlp.*", {"mlp.0", "mlp.2"}),
         (["*.2", "tiny"], {"mlp.2"}),
+        ((lambda name, module: name == "mlp.0", "*.2"), {"mlp.0", "mlp.2"}),
         (nn.Linear, {"mlp.0", "mlp.2"}),
         (lambda name, module: module.out_features == 128, {"mlp.0"}),
     ],
-    ids=["pattern", "patterns", "class", "function"],
+    ids=["pattern", "patterns", "mixed", "class", "function"],
 )
-def test_filters(filter, names: set[str]) -> None:
-    report = monarchize(Model(), filter=filter)
+def test_filters(only, names: set[str]) -> None:
+    report = monarchize(Model(), only=only)
     assert {layer.name for layer in report.replaced} == names
-    assert all(
-        reason == "the filter does not take it" for name, reason in report.skipped if name in ("mlp.0",)
-    )
+    reasons = dict(report.skipped)
+    assert all(reasons[name] == "only does not match it" for name in {"mlp.0", "mlp.2"} - names)
 
 
 def test_layers_that_stay() -> None:
@@ -149,8 +149,8 @@ def test_layers_that_stay() -> None:
         monarchize(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="nblocks must be at least 1"):
         monarchize(model, nblocks=0)
-    with pytest.raises(TypeError, match="filter must be a pattern"):
-        monarchize(model, filter=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="monarchize: only must be a pattern"):
+        monarchize(model, only=3)  # type: ignore[arg-type]
 
 
 def test_names_are_public() -> None:

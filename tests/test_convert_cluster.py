@@ -211,10 +211,10 @@ def test_training_lowers_what_rounding_costs() -> None:
 
 def test_a_weight_goes_only_where_all_its_layers_go() -> None:
     model = Model()
-    report = cluster(model, filter=nn.Linear)
+    report = cluster(model, only=nn.Linear)
     assert names(report) == ["mlp.0", "mlp.2"]
     reasons = dict(report.skipped)
-    assert reasons["embedding"] == "the filter does not take it"
+    assert reasons["embedding"] == "only does not match it"
     assert reasons["head"] == "its weight also belongs to a layer that stays"
     assert model.head.weight is model.embedding.weight
     views = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
@@ -319,7 +319,7 @@ def test_layers_that_stay() -> None:
         (lambda: cluster(Model(), dim=3), ValueError, "dim must be 1, 2 or 4"),
         (lambda: cluster(Model(), temperature=-1.0), ValueError, "temperature must be positive"),
         (lambda: cluster(Model(), clusters=8), TypeError, "clusters"),
-        (lambda: cluster(Model(), filter=3), TypeError, "cluster: filter must be a pattern"),
+        (lambda: cluster(Model(), only=3), TypeError, "cluster: only must be a pattern"),
         (lambda: finalize(ClusteredLinear(8, 8)), TypeError, r"use PalettizedLinear\(layer"),
     ],
 )

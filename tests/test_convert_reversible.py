@@ -67,7 +67,7 @@ def test_vit_computes_what_it_did(scaled: bool, training: bool) -> None:
     converted = copy.deepcopy(model)
     report = reversible(converted, example=_pictures())
     assert report.difference == 0.0
-    assert [stack[:5] for stack in report.converted] == [("blocks.0", 4, 8, ("attn_mask", "is_causal"), 8)]
+    assert [stack[:5] for stack in report.replaced] == [("blocks.0", 4, 8, ("attn_mask", "is_causal"), 8)]
     assert report.skipped == []
     assert len(converted.blocks) == 1 and isinstance(converted.blocks, nn.Sequential)
     assert all(module.training == training for module in converted.modules())
@@ -82,8 +82,8 @@ def test_gpt2_computes_what_it_did(tuples: bool) -> None:
     converted = copy.deepcopy(model)
     tokens = torch.randint(7, (2, 6))
     report = reversible(converted, example=[tokens])
-    assert [(stack.name, stack.blocks) for stack in report.converted] == [("h.0", 4)]
-    assert "attention_mask" in report.converted[0].arguments
+    assert [(stack.name, stack.blocks) for stack in report.replaced] == [("h.0", 4)]
+    assert "attention_mask" in report.replaced[0].arguments
     mask = torch.randn(6, 6, dtype=torch.float64)
     _same_model(model, converted, tokens, mask)
     # An argument that only the attention knows, through the block's **kwargs.
@@ -112,7 +112,7 @@ def _by_equation(model: ViT, x: Tensor) -> Tensor:
 def test_the_schedule_leads_to_a_reversible_network(overlap: bool) -> None:
     model = ViT(5).double()
     report = reversible(model, overlap=overlap, error_budget=1e-9)
-    assert (report.converted[0].stored, report.converted[0].stored_at_end) == (10, 0)
+    assert (report.replaced[0].stored, report.replaced[0].stored_at_end) == (10, 0)
     schedule = DualResidualSchedule(model, 2)
     x = _pictures()
     for _ in range(3):
@@ -137,7 +137,7 @@ def test_runs_of_blocks_between_others() -> None:
     x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
     original = copy.deepcopy(model)
     report = reversible(model, example={"input": x})
-    assert [(stack.name, stack.blocks) for stack in report.converted] == [("0", 2), ("4", 1), ("5", 1)]
+    assert [(stack.name, stack.blocks) for stack in report.replaced] == [("0", 2), ("4", 1), ("5", 1)]
     assert [name for name, _ in report.skipped] == ["3"]
     assert [type(child).__name__ for child in model] == [
         *("ReversibleStack", "Linear", "PostNorm", "ReversibleStack", "ReversibleStack", "Identity")
@@ -166,7 +166,7 @@ def test_what_only_looks_like_a_residual_block_stays(block: nn.Module, reason: s
     model = nn.ModuleList([block])
     before = dict(model.named_modules())
     report = reversible(model)
-    assert report.converted == [] and dict(model.named_modules()) == before
+    assert report.replaced == [] and dict(model.named_modules()) == before
     if reason is None:  # a layer without children is no candidate
         assert report.skipped == []
         return
@@ -178,17 +178,18 @@ def test_what_only_looks_like_a_residual_block_stays(block: nn.Module, reason: s
 def test_filters_hooks_and_what_is_reversible_already() -> None:
     model = ViT(4)
     model.blocks[1].register_forward_hook(lambda *_: None)
-    report = reversible(model, "blocks.[123]")
-    assert dict(report.skipped) == {"blocks.0": "the filter does not take it", "blocks.1": "it has hooks"}
-    assert [(stack.name, stack.blocks) for stack in report.converted] == [("blocks.2", 2)]
-    again = reversible(model, lambda name, module: name == "blocks.0")
-    assert [stack.name for stack in again.converted] == ["blocks.0"] and len(model.blocks) == 3
-    assert (
-        reversible(nn.ModuleList([PostScaled()]), ViTBlock).converted
-        and not reversible(ViT(2), GPT2Block).converted
-    )
-    with pytest.raises(TypeError, match="reversible: filter must be a pattern"):
-        reversible(model, 3)  # type: ignore[arg-type]
+    report = reversible(model, only="blocks.[123]")
+    assert dict(report.skipped) == {"blocks.0": "only does not match it", "blocks.1": "it has hooks"}
+    assert [(stack.name, stack.blocks) for stack in report.replaced] == [("blocks.2", 2)]
+    again = reversible(model, only=lambda name, module: name == "blocks.0")
+    assert [stack.name for stack in again.replaced] == ["blocks.0"] and len(model.blocks) == 3
+    assert reversible(nn.ModuleList([PostScaled()]), only=ViTBlock).replaced
+    with pytest.raises(
+        ValueError, match=r"only GPT2Block matches none of the model's 2 blocks in lists: blocks\.0"
+    ):
+        reversible(ViT(2), only=GPT2Block)
+    with pytest.raises(TypeError, match="reversible: only must be a pattern"):
+        reversible(model, only=3)  # type: ignore[arg-type]
 
 
 def test_report_prints() -> None:
@@ -196,7 +197,7 @@ def test_report_prints() -> None:
     report = reversible(model)
     text = str(report)
     assert "vit.blocks.0" in text and "attn_mask, is_causal" in text and "bert.0" in text
-    stack = report.converted[0]
+    stack = report.replaced[0]
     assert stack.branches == stack.stored == 48 and 0 < stack.stored_at_end < 6
 
 
@@ -292,7 +293,7 @@ def test_own_transformer_of_the_harness_is_converted() -> None:
     config = Config(layers=3, width=16, context=8)
     model = ByteModel(config, Parts(lambda c: Mixer(c, sdpa_causal)))
     report = reversible(model, alpha=0.5, beta=0.5, example=torch.randint(256, (1, 8)))
-    assert report.difference == 0.0 and report.converted[0].branches == 6
+    assert report.difference == 0.0 and report.replaced[0].branches == 6
     blocks = [module for module in model.modules() if isinstance(module, DualResidualBlock)]
     assert {(block.alpha, block.beta) for block in blocks} == {(0.5, 0.5)}
     with pytest.raises(ValueError, match="must be finite"):

@@ -104,9 +104,9 @@ class MonarchLinear(nn.Module):
             linear.bias is not None,
             rank=rank,
             backend=backend,
-            device=weight.device,
+            device="meta",  # where no random numbers are drawn
             dtype=weight.dtype,
-        )
+        ).to_empty(device=weight.device)
         missing = [
             made.w1.shape[2] * nblocks - linear.in_features,
             made.w2.shape[1] * nblocks - linear.out_features,
