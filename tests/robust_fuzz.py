@@ -36,8 +36,8 @@ class Plan:
     seed: int
 
     def run(self, body: Callable[[st.DataObject], None], examples: int, seconds: float) -> None:
-        """`body` on random data: one round of `examples`, or, nightly, rounds until the seconds are over. Each round has
-        a seed of its own, which a failure names."""
+        """`body` on random data: one round of `examples`, or, nightly, rounds until the seconds are over. Each round
+        has a seed of its own, which a failure names."""
         end = time.monotonic() + seconds
         number = self.seed
         while True:
@@ -213,7 +213,7 @@ VALID = "none: any valid call, with gradients"
 
 
 def valid_call(data: st.DataObject, area: str, check: Callable[[str], object]) -> None:
-    """Counts a call that `check` holds against its oracle, on a CPU level of this machine, which it gets the name of."""
+    """Counts a call that `check` holds against its oracle; it gets the CPU level, any that this machine has."""
     level = data.draw(st.sampled_from(_host.isa_levels()), label="level")
     threads = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3]), label="threads"))

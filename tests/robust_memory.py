@@ -1,7 +1,7 @@
-"""Out of memory, in a process of its own: `python robust_memory.py`. Prints counts as JSON.
+"""Out of memory, in a process of its own: `python robust_memory.py STEP`. Prints counts as JSON.
 
 The address space is limited a little above what the process has, by more and more, so that calls fail at another
-allocation each time. Each call ends with the result it always has or with an error; after each error, and at the end
+allocation each time; with STEP 2 at every second limit. Each call ends with the result it always has or with an error; after each error, and at the end
 without the limit, the process computes what it did before.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -104,42 +105,33 @@ def impossible_calls() -> dict[str, Callable[[], Any]]:
     }
 
 
-def failed(error: BaseException) -> None:
-    text = f"{type(error).__name__}: {error}"
-    assert isinstance(error, MemoryError) or any(word in text.lower() for word in WORDS), text
+def attempt(call: Callable[[], Any], headroom: int) -> tuple[Any, str]:
+    """What a call returns with so many MiB to spare, or the words of its error, which has to be about memory."""
+    try:
+        with limited(headroom):
+            return call(), ""
+    except ERRORS as error:
+        text = f"{type(error).__name__}: {error}"
+        assert isinstance(error, MemoryError) or any(word in text.lower() for word in WORDS), text
+        return None, text
 
 
-def main() -> None:
+def main(step: int) -> None:
     torch.set_num_threads(2)
     made, counts = large_calls(), Counter[str]()
     healthy = dict(digests())  # every op has its threads and its tables now
     expected = {name: digest(make()) for name, make in made.items()}
-    small = next(iter(healthy))
-    for headroom in HEADROOM:
+    for headroom in HEADROOM[::step]:
         for name, make in made.items():
-            error: BaseException | None = None
-            with limited(headroom):
-                try:
-                    found = make()
-                except ERRORS as raised:
-                    error = raised
-            if error is None:
-                assert digest(found) == expected[name], f"{name}: other bits with {headroom} MiB left"
-                counts["enough"] += 1
-            else:
-                failed(error)
-                counts["raised"] += 1
-            found, error = [], None
+            found, error = attempt(make, headroom)
+            counts["raised" if error else "enough"] += 1
+            assert error or digest(found) == expected[name], f"{name}: other bits with {headroom} MiB left"
+            found = None
     for name, call in impossible_calls().items():
-        try:
-            with limited(512):
-                call()
-        except ERRORS as raised:
-            failed(raised)
-            counts["impossible"] += 1
-        else:
-            raise AssertionError(f"{name}: a result of a tebibyte")
-    assert dict(digests()) == healthy, f"other bits after {counts}, {small}"
+        _, error = attempt(call, 512)
+        assert error, f"{name}: a result of a tebibyte"
+        counts["impossible"] += 1
+    assert dict(digests()) == healthy, "other bits after errors"
     for name, make in made.items():
         assert digest(make()) == expected[name], f"{name}: other bits after errors"
     counts["afterwards"] = len(healthy) + len(made)
@@ -147,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -1,7 +1,7 @@
 """Every op in worker processes, the results compared with those of the parent, bit for bit.
 
-Run as `python robust_workers.py METHOD`: fork and forkserver are workers of a DataLoader, spawn those of a process pool.
-Prints how many calls were compared.
+Run as `python robust_workers.py METHOD`: fork makes workers of a DataLoader, spawn those of a process pool. Prints how
+many calls were compared.
 """
 
 from __future__ import annotations

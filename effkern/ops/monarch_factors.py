@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effkern.ops._dispatch import without_autocast
+from effkern.ops._dispatch import require_dense, without_autocast
 from effkern.ops._monarch_checks import check_factors, check_kinds
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul
 
@@ -46,6 +46,7 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
         Dao et al. 2022 (Monarch), section 3.3 and theorem 1; rank above 1 as in its appendix on rectangular blocks.
     """
     check_kinds("monarch_project", weight=weight)
+    require_dense("monarch_project", weight=weight)
     if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"monarch_project: weight must be floating or complex, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
@@ -114,6 +115,7 @@ def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
         Dao et al. 2022 (Monarch), section 3.3 (reverse sparsification).
     """
     check_kinds("monarch_dense", w1=w1, w2=w2)
+    require_dense("monarch_dense", w1=w1, w2=w2)
     check_factors("monarch_dense", w1, w2)
     with without_autocast(w1):
         return _multiply_out(w1, w2)

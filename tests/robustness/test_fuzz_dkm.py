@@ -1,9 +1,10 @@
-"""Fuzzing clustered weights: valid calls against oracles, calls with faults, corrupt palettes, files and state_dicts."""
+"""Fuzzing clustered weights: valid calls against oracles, calls with faults, corrupt palettes and state_dicts."""
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +16,24 @@ import test_palettized_linear
 import torch
 from hypothesis import strategies as st
 from robust_faults import Arguments
-from robust_fuzz import DOCUMENTED, Plan, Target, faulty_call, valid_call
+from robust_fuzz import Plan, Target, faulty_call, valid_call
 from robust_states import corrupted, corrupted_load
 from robust_tally import attempt, survived
+from test_dkm import spread, unit_of
 from test_palettized_linear import DTYPES, make_palette
-from torch import Tensor, nn
+from torch import nn
 
 import effkern
 from effkern.nn import ClusteredLinear, PalettizedEmbedding, PalettizedLinear
 from effkern.ops.palettize import Palette
 
+# What safetensors and torch.load may raise at bytes that are no file.
+READING = (
+    *(TypeError, ValueError, RuntimeError, safetensors.SafetensorError, pickle.UnpicklingError, struct.error),
+    *(AssertionError, EOFError, LookupError, AttributeError, OSError, MemoryError, ArithmeticError),
+)
 Draw = Callable[..., Any]
 AREA = "dkm"
-
-
-def table(clusters: int, groups: int, dim: int) -> Tensor:
-    shape = [*([groups] if groups > 1 else []), clusters, *([dim] if dim > 1 else [])]
-    return torch.randn(shape)
 
 
 def clustering(draw: Draw) -> Arguments:
@@ -40,7 +42,7 @@ def clustering(draw: Draw) -> Arguments:
     dtype, clusters = draw(st.sampled_from(DTYPES)), draw(st.one_of(st.integers(1, 9), st.integers(1, 33)))
     return {
         "weight": torch.randn(shape).to(dtype),
-        "centroids": table(clusters, groups, dim),
+        "centroids": spread(clusters, groups, dim),
         "temperature": draw(st.sampled_from([0.05, 0.3, 3.0])),
         "iterations": draw(st.integers(1, 3)),
         "tolerance": draw(st.sampled_from([0.0, 1e6])),
@@ -55,8 +57,7 @@ def test_valid_clustering(plan: Plan) -> None:
         call = clustering(data.draw)
 
         def check(level: str) -> None:
-            unit = "avx512" if level in ("avx512_bf16", "amx") else level
-            dkm_oracle.check(f"{unit}/stream", **call)
+            dkm_oracle.check(f"{unit_of(level)}/stream", **call)
 
         valid_call(data, AREA, check)
 
@@ -139,9 +140,8 @@ def test_faulty_calls(name: str, plan: Plan) -> None:
 
 def any_palette(draw: Draw) -> Palette:
     groups, dim = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4]))
-    return make_palette(
-        groups * draw(st.integers(1, 4)), dim * 9, draw(st.sampled_from([1, 2, 5, 8, 17, 64])), groups, dim
-    )
+    rows, clusters = groups * draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 5, 8, 17, 64]))
+    return make_palette(rows, dim * 9, clusters, groups, dim)
 
 
 def usable(palette: Palette) -> None:
@@ -201,17 +201,7 @@ def test_corrupt_files(plan: Plan) -> None:
                 found = safetensors.torch.load(bytes(content))
             else:
                 found = torch.load(io.BytesIO(content), weights_only=True)
-        except (
-            *DOCUMENTED,
-            *(
-                safetensors.SafetensorError,
-                pickle.UnpicklingError,
-                EOFError,
-                LookupError,
-                AttributeError,
-                OSError,
-            ),
-        ):
+        except READING:
             attempt(AREA, fault)
             survived(AREA, fault, refused=True)
             return

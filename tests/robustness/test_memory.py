@@ -23,11 +23,11 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads 
 
 @LINUX
 @pytest.mark.skipif(effkern._lib.status().build.sanitize, reason="sanitizers reserve the address space")
-def test_out_of_memory() -> None:
-    done = script("robust_memory.py")
+def test_out_of_memory(plan: Plan) -> None:
+    done = script("robust_memory.py", "1" if plan.nightly else "2")
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
     found = json.loads(done.stdout)
-    assert found["raised"] >= 20 and found["enough"] >= 5, "the limits do not fall into the calls"
+    assert found["raised"] >= 15 and found["enough"] >= 5, "the limits do not fall into the calls"
     count(AREA, "an impossible size", refused=found["impossible"])
     count(AREA, "no memory left, at any allocation", refused=found["raised"], right=found["enough"])
     count(AREA, "calls afterwards", right=found["afterwards"])
@@ -61,7 +61,7 @@ def test_soak(plan: Plan) -> None:
         once()
     gc.collect()
     start, made, refused = resident(), 0, 0
-    end = time.monotonic() + 10
+    end = time.monotonic() + 8
     while made + refused < 10_000 if plan.nightly else time.monotonic() < end:
         fine = once()
         made, refused = made + fine, refused + (not fine)
