@@ -1,8 +1,8 @@
 """Out of memory, in a process of its own: `python robust_memory.py STEP`. Prints counts as JSON.
 
 The address space is limited a little above what the process has, by more and more, so that calls fail at another
-allocation each time; with STEP 2 at every second limit. Each call ends with the result it always has or with an error; after each error, and at the end
-without the limit, the process computes what it did before.
+allocation each time; with STEP 2 at every second limit. Each call ends with the result it always has or with an error;
+after each error, and at the end without the limit, the process computes what it did before.
 """
 
 from __future__ import annotations
