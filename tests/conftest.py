@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--robustness", help="how long they run: ci, about a minute, or nightly, ten and more", **modes
     )
+    group.addoption("--robustness-minutes", type=float, default=10.0, help="how long nightly takes, about")
     group.addoption("--robustness-seed", type=int, default=0, help="where the fuzzers start")
     group.addoption(
         "--robustness-report", metavar="FILE", help="print the faults survived, and write FILE (JSON)"

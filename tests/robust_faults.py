@@ -68,7 +68,7 @@ def _no_tensor(draw: Draw, tensor: Tensor) -> object:
 
 
 def _sparse(draw: Draw, tensor: Tensor) -> Tensor:
-    return tensor.detach().to_sparse()
+    return tensor if tensor.is_meta else tensor.detach().to_sparse()
 
 
 def _another_device(draw: Draw, tensor: Tensor) -> Tensor:

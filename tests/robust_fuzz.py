@@ -34,14 +34,15 @@ class Plan:
 
     nightly: bool
     seed: int
+    scale: float = 1.0  # of the time that nightly fuzzing takes
 
     def run(self, body: Callable[[st.DataObject], None], examples: int, seconds: float) -> None:
         """`body` on random data: one round of `examples`, or, nightly, rounds until the seconds are over. Each round
         has a seed of its own, which a failure names."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self.scale * seconds
         number = self.seed
         while True:
-            _round(body, number, max(examples, 200) if self.nightly else examples)
+            _round(body, number, 100 if self.nightly else examples)
             number += 1
             if not self.nightly or time.monotonic() > end:
                 return

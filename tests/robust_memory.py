@@ -25,7 +25,8 @@ import effkern
 Make = Callable[[], list[Tensor]]
 HEADROOM = (1, 6, 14, 24, 36, 52, 72, 100, 140)  # MiB
 ERRORS = (RuntimeError, MemoryError)
-WORDS = ("memory", "alloc", "storage", "too large", "overflow")
+# The last is what torch's stable ABI makes of an allocation that failed inside an op; its own words are lost there.
+WORDS = ("memory", "alloc", "storage", "too large", "overflow", "api call failed")
 
 
 @contextmanager

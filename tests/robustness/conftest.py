@@ -28,4 +28,5 @@ def pytest_terminal_summary(
 @pytest.fixture
 def plan(request: pytest.FixtureRequest) -> Plan:
     option = request.config.getoption
-    return Plan(option("--robustness") == "nightly", option("--robustness-seed"))
+    scale = option("--robustness-minutes") / 10
+    return Plan(option("--robustness") == "nightly", option("--robustness-seed"), scale)

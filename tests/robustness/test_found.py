@@ -62,6 +62,13 @@ def test_optional_arguments_that_are_no_tensors(backend: str) -> None:
             effkern.attention_decode(q, q, q, lengths, backend=backend, **{name: "x"})  # type: ignore[arg-type]
 
 
+def test_palettize_without_numbers() -> None:
+    """Shapes alone, as every other op gives them for meta tensors."""
+    palette = effkern.palettize(torch.empty(4, 9, device="meta"), torch.empty(2, device="meta"))
+    assert palette.indices.is_meta and palette.indices.shape == (4, layout.row_bytes(9, 1))
+    assert palette.lut.is_meta and palette.bits == 1
+
+
 def test_indices_of_a_palette_with_other_strides() -> None:
     """As many rows as bytes in one, so that transposing them still fits the shape."""
     weight = torch.arange(36.0).reshape(4, 9)

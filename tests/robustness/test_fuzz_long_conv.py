@@ -62,7 +62,7 @@ def test_valid_short_conv(plan: Plan) -> None:
         given = [t if i < 2 or draw(st.booleans()) else None for i, t in enumerate(inputs)]
         valid_call(data, AREA, lambda level: short_conv_oracle.check(given, activation))
 
-    plan.run(body, examples=40, seconds=14)
+    plan.run(body, examples=12, seconds=14)
 
 
 def long_conv_call(draw: Draw) -> Arguments:

@@ -100,7 +100,7 @@ def test_level_changes_between_calls(expected: list[tuple[Call, str]]) -> None:
     try:
         for level in (*_host.isa_levels(), *_host.isa_levels()):
             _host.isa_force(level)
-            for call, _ in expected[::5]:
+            for call, _ in expected[::17]:
                 call.results()
     finally:
         _host.isa_force(None)
