@@ -63,7 +63,7 @@ tsan: $(READY)
 
 lock: $(READY)
 	@{ echo '# Versions of the development environment, written by `make lock`; see CONTRIBUTING.md.'; \
-	  $(BIN)/python -m pip freeze --exclude-editable --exclude effkern | sed 's/+cpu$$//'; } > requirements-dev.lock
+	  $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable --exclude effkern | sed 's/+cpu$$//'; } > requirements-dev.lock
 
 lint: $(READY) typing
 	$(BIN)/ruff check .
