@@ -58,7 +58,7 @@ def smooth_kernel(k: Tensor, squash: float = 0.1, width: int = 7) -> Tensor:
     if k.numel() == 0:
         return k.clone(memory_format=torch.contiguous_format)
     rows = k.reshape(-1, k.shape[-1]).to(torch.float64 if k.dtype == torch.float64 else torch.float32)
-    shrunk = torch.nn.functional.softshrink(rows, squash)
+    shrunk = torch.nn.functional.softshrink(rows, min(squash, torch.finfo(rows.dtype).max))
     smooth = torch.nn.functional.avg_pool1d(shrunk, width, stride=1, padding=width // 2)
     return smooth.to(k.dtype).view(k.shape)
 

@@ -32,7 +32,8 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
 
     Raises:
         TypeError: weight is not a tensor of floating or complex numbers.
-        ValueError: weight is not a finite matrix, nblocks does not divide m or n, or rank is out of its range.
+        ValueError: weight is not a finite matrix or a meta tensor, nblocks does not divide m or n, or rank is out of
+            its range.
 
     Numerics:
         In float64 (complex128), rounded once. The singular vectors are eigenvectors of the smaller Gram matrix of each
@@ -59,6 +60,8 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
     s, p = m // nblocks, n // nblocks
     if not 1 <= rank <= min(s, p):
         raise ValueError(f"monarch_project: rank must be between 1 and {min(s, p)}, got {rank}")
+    if weight.is_meta:
+        raise ValueError("monarch_project: weight must have numbers, got a meta tensor")
     with torch.no_grad():
         wide = weight.to(torch.complex128 if weight.is_complex() else torch.float64)
         if not wide.isfinite().all():

@@ -69,6 +69,15 @@ def test_palettize_without_numbers() -> None:
     assert palette.lut.is_meta and palette.bits == 1
 
 
+def test_a_squash_beyond_float32() -> None:
+    assert not effkern.smooth_kernel(torch.randn(9), squash=1e300).any()
+
+
+def test_a_projection_of_no_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^monarch_project: weight must have numbers, got a meta tensor"):
+        effkern.monarch_project(torch.empty(4, 4, device="meta"), 2)
+
+
 def test_indices_of_a_palette_with_other_strides() -> None:
     """As many rows as bytes in one, so that transposing them still fits the shape."""
     weight = torch.arange(36.0).reshape(4, 9)
