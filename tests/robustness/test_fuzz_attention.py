@@ -29,7 +29,7 @@ def test_valid_attention(plan: Plan) -> None:
         dtype = draw(st.sampled_from(DTYPES))
         valid_call(data, AREA, lambda level: check(case, dtype, Route("cpu", level)))
 
-    plan.run(body, examples=40, seconds=31)
+    plan.run(body, examples=20, seconds=31)
 
 
 def test_valid_decode(plan: Plan) -> None:
@@ -54,7 +54,7 @@ def test_valid_decode(plan: Plan) -> None:
             data, AREA, lambda level: test_attention_decode.check(shape, lengths, dtype, page, *options)
         )
 
-    plan.run(body, examples=25, seconds=9)
+    plan.run(body, examples=12, seconds=9)
 
 
 def attention_call(draw: Draw) -> Arguments:

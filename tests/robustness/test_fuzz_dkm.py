@@ -61,7 +61,7 @@ def test_valid_clustering(plan: Plan) -> None:
 
         valid_call(data, AREA, check)
 
-    plan.run(body, examples=40, seconds=18)
+    plan.run(body, examples=20, seconds=18)
 
 
 def test_valid_palettized_products(plan: Plan) -> None:
@@ -78,7 +78,7 @@ def test_valid_palettized_products(plan: Plan) -> None:
         bias = torch.randn(rows) if draw(st.booleans()) else None
         valid_call(data, AREA, lambda level: test_palettized_linear.check(level, x, palette, bias))
 
-    plan.run(body, examples=40, seconds=18)
+    plan.run(body, examples=15, seconds=18)
 
 
 def importance_call(draw: Draw) -> Arguments:

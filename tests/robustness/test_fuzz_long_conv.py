@@ -47,7 +47,7 @@ def test_valid_long_conv(plan: Plan) -> None:
             lambda level: long_conv_oracle.check(inputs, cuts=cuts, prepared=prepared, causal=causal),
         )
 
-    plan.run(body, examples=40, seconds=22)
+    plan.run(body, examples=20, seconds=22)
 
 
 def test_valid_short_conv(plan: Plan) -> None:

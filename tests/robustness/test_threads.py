@@ -85,14 +85,14 @@ def test_thread_count_changes_meanwhile(expected: list[tuple[Call, str]], plan: 
     count(AREA, "torch.set_num_threads while 8 threads compute", right=made)
 
 
-@pytest.mark.parametrize("number", [2, 3, 16])
+@pytest.mark.parametrize("number", [2, 16])
 def test_thread_count_changes_between_calls(
     number: int, expected: list[tuple[Call, str]], threads: Callable[[int], None]
 ) -> None:
     threads(number)
     for call, wanted in expected:
         assert digest(call.results()) == wanted, f"{call}: other bits on {number} threads"
-    count(AREA, "torch.set_num_threads between calls: 2, 3, 16", right=len(expected))
+    count(AREA, "torch.set_num_threads between calls", right=len(expected))
 
 
 def test_level_changes_between_calls(expected: list[tuple[Call, str]]) -> None:
