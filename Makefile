@@ -1,5 +1,5 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
-#   make build | test | bench | lint | docs | wheel | format | clean
+#   make build | test | bench | robustness | tsan | lint | docs | lock | wheel | format | clean
 # PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -16,7 +16,7 @@ DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test bench lint typing docs format wheel clean
+.PHONY: setup build test bench robustness tsan lock lint typing docs format wheel clean
 
 setup: $(READY)
 
@@ -47,6 +47,25 @@ test: build
 
 bench: build
 	$(BIN)/effkern bench --quick $(ARGS)
+
+# In one process, which counts: ten minutes of fuzzing, then threads and memory. ARGS="--large" adds tensors of 2^31.
+robustness: build
+	$(BIN)/pytest -q -p no:benchmark tests/robustness --robustness nightly \
+	  --robustness-report build/robustness.json $(ARGS)
+
+# The thread sanitizer beside the build of the tree, on the tests with threads.
+TSAN_PRELOAD = $$($${CXX:-c++} -print-file-name=libtsan.so) $(CURDIR)/build/thread/openmp.so
+tsan: $(READY)
+	$(BIN)/python setup.py -q build --build-base build/thread-base --build-lib build/thread \
+	  build_ext --define EFFKERN_SANITIZE=thread,EFFKERN_CUDA=OFF
+	$${CC:-cc} -shared -fPIC -g -O1 -o build/thread/openmp.so tests/tsan_openmp.c -ldl
+	PYTHONPATH=build/thread LD_PRELOAD="$(TSAN_PRELOAD)" \
+	  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp ignore_noninstrumented_modules=1 report_signal_unsafe=0" \
+	  $(BIN)/pytest -q -p no:benchmark tests/robustness/test_threads.py -k "not workers" $(ARGS)
+
+lock: $(READY)
+	@{ echo '# Versions of the development environment, written by `make lock`; see CONTRIBUTING.md.'; \
+	  $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable --exclude effkern | sed 's/+cpu$$//'; } > requirements-dev.lock
 
 lint: $(READY) typing
 	$(BIN)/ruff check .

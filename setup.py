@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OPTIONS = {"EFFKERN_CUDA": "auto", "EFFKERN_SANITIZE": "0"}  # environment variables and their defaults
-WORDS = {"1": "ON", "on": "ON", "true": "ON", "0": "OFF", "off": "OFF", "false": "OFF", "auto": "auto"}
+WORDS = {"1": "ON", "on": "ON", "true": "ON", "0": "OFF", "off": "OFF", "false": "OFF"}
+MORE_WORDS = {"EFFKERN_CUDA": ("auto",), "EFFKERN_SANITIZE": ("thread",)}
 
 
 def torch_root() -> Path | None:
@@ -40,12 +41,12 @@ def tool(name: str) -> str:
 
 def option(name: str) -> str:
     value = os.environ.get(name) or OPTIONS[name]
-    known = WORDS.get(value.lower())
-    if known is None or (known == "auto" != OPTIONS[name]):
+    known = WORDS | {word: word for word in MORE_WORDS[name]}
+    if value.lower() not in known:
         sys.exit(
-            f"effkern: {name}={value!r} is not understood; use 0, 1{', auto' * (OPTIONS[name] == 'auto')}"
+            f"effkern: {name}={value!r} is not understood; use {', '.join(('0', '1', *MORE_WORDS[name]))}"
         )
-    return known
+    return known[value.lower()]
 
 
 def publish(stage: Path, target: Path) -> None:
@@ -65,6 +66,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         options = self.options()
         variant = [name for name in ("sanitize", "emulate") if options.get(f"EFFKERN_{name.upper()}") == "ON"]
+        variant += ["thread"] if options["EFFKERN_SANITIZE"] == "thread" else []
         variant += ["cpu"] if options["EFFKERN_CUDA"] == "OFF" else []
         folder = ROOT / "build" / "-".join([str(sys.implementation.cache_tag), *variant])
         target = ROOT / "effkern" if self.inplace else Path(self.build_lib).resolve() / "effkern"
@@ -76,7 +78,7 @@ class CMakeBuild(build_ext):
         jobs = ["--parallel", str(self.parallel)] if self.parallel else []
         self.call(cmake, "--build", build, *jobs, show=self.verbose > 0)
         shutil.rmtree(stage, ignore_errors=True)
-        strip = [] if "sanitize" in variant else ["--strip"]
+        strip = [] if {"sanitize", "thread"} & set(variant) else ["--strip"]
         self.call(cmake, "--install", build, "--prefix", str(stage), *strip)
         publish(stage, target)
 

@@ -103,7 +103,7 @@ def _build() -> Build:
         compiler=facts["compiler"],
         nvcc=facts["nvcc"],
         cuda_images=tuple(facts["cuda_images"]),
-        sanitize=facts["sanitize"] == "ON",
+        sanitize=facts["sanitize"] != "OFF",
         emulate=facts["emulate"] == "ON",
     )
 

@@ -15,6 +15,20 @@ from effkern import _host
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("robustness", "tests/robustness")
+    modes = {"choices": ["ci", "nightly"], "default": "ci"}
+    group.addoption(
+        "--robustness", help="how long they run: ci, about a minute, or nightly, ten and more", **modes
+    )
+    group.addoption("--robustness-minutes", type=float, default=10.0, help="how long nightly takes, about")
+    group.addoption("--robustness-seed", type=int, default=0, help="where the fuzzers start")
+    group.addoption(
+        "--robustness-report", metavar="FILE", help="print the faults survived, and write FILE (JSON)"
+    )
+    group.addoption("--large", action="store_true", help="run the tests of more than 2^31 elements, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_empty: torch.empty leaves its memory alone in this test")
 

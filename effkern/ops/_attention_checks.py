@@ -79,6 +79,8 @@ def check_arguments(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(offsets, Tensor):
+            raise TypeError(f"attention: {name} must be a tensor, got {type(offsets).__name__}")
         require(offsets.dtype == torch.int32, f"{name} must be int32, got {dtype_name(offsets.dtype)}")
         require(
             offsets.dim() == 1 and offsets.shape[0] >= 1,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effkern.masks import Lowered, Mask
 from effkern.ops._attention_checks import require
-from effkern.ops._dispatch import dtype_name
+from effkern.ops._dispatch import dtype_name, require_dense
 from effkern.reference.attention import new_dropout_seed
 
 
@@ -113,6 +113,7 @@ def collect(
             _tensor("bias", bias).dim() <= 4,
             f"bias must broadcast to (batch, heads, queries, keys), got shape {tuple(bias.shape)}",
         )
+        require_dense("attention", bias=bias)
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     if sink_logits is not None:
         _tensor("sink_logits", sink_logits)

@@ -30,6 +30,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def require_dense(op: str, **named: Tensor | None) -> None:
+    """Refuses sparse and other layouts, which PyTorch's own operations refuse in words that name no argument."""
+    for name, tensor in named.items():
+        if tensor is not None and tensor.layout != torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got layout {layout}")
+
+
 def refuse_all_but_fast(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
     """Why a kernel for `FAST_DTYPES` cannot serve a request; of the form `registry.Backend` asks for."""
     if dtype in FAST_DTYPES:

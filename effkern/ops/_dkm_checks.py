@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops._cluster_checks import MOST_CLUSTERS, check_clusters, check_form, check_groups
-from effkern.ops._dispatch import dtype_name
+from effkern.ops._dispatch import dtype_name, require_dense
 
 
 # Messages are functions: a compiler to which numbers are symbols cannot write them out, and need not.
@@ -30,6 +30,7 @@ def check_kinds(
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"dkm: {name} must be a tensor, got {type(tensor).__name__}")
+        require_dense("dkm", **{name: tensor})
     for name, number in (("temperature", temperature), ("tolerance", tolerance)):
         if not isinstance(number, int | float | torch.SymFloat | torch.SymInt):
             raise TypeError(f"dkm: {name} must be a number, got {type(number).__name__}")

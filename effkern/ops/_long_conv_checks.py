@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name, require_dense
 
 _OP = "long_conv"
 
@@ -20,6 +20,7 @@ def check_kinds(**named: Tensor | None) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name not in ("u", "k")):
             raise TypeError(f"{_OP}: {name} must be a tensor, got {type(tensor).__name__}")
+    require_dense(_OP, **named)
 
 
 def check_kernel(k: Tensor, channels: int | None, causal: bool) -> None:

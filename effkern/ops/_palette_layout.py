@@ -77,7 +77,7 @@ def _unpack_rows(packed: Tensor, count: int, bits: int) -> Tensor:
     fields, per_lane = fields_of(bits), words_of(bits)
     blocks = count // (LANES * fields)
     lanes = -(-(count - blocks * LANES * fields) // fields)
-    octets = packed.view(rows, -1, 4).long()
+    octets = packed.reshape(rows, -1, 4).long()
     words: Tensor = sum((octets[..., i] << 8 * i for i in range(4)), torch.zeros_like(octets[..., 0]))
     split = blocks * per_lane * LANES
     parts = [

@@ -48,6 +48,9 @@ def _check(
     sink_logits: Tensor | None,
 ) -> None:
     """What csrc/attention_decode/cpu.cpp checks, but for the values of cache_seqlens and page_table."""
+    for name, optional in (("page_table", page_table), ("sink_logits", sink_logits)):
+        if optional is not None and not isinstance(optional, Tensor):
+            raise TypeError(f"attention_decode: {name} must be a tensor, got {type(optional).__name__}")
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require(t.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
         _require(t.dtype == q.dtype, f"{name} is {dtype_name(t.dtype)} but q is {dtype_name(q.dtype)}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effkern import backends
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name, without_autocast
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name, require_dense, without_autocast
 
 __all__ = ["butterfly_bytes", "butterfly_conv", "butterfly_factors", "butterfly_flops", "butterfly_radices"]
 
@@ -103,6 +103,7 @@ def _check(u: Tensor, k: Tensor, **others: Tensor | None) -> None:
     for name, t in (("u", u), ("k", k), *others.items()):
         if not isinstance(t, Tensor) and not (t is None and name not in ("u", "k")):
             raise TypeError(f"butterfly_conv: {name} must be a tensor, got {type(t).__name__}")
+    require_dense("butterfly_conv", u=u, k=k, **others)
     kinds = (*FAST_DTYPES, torch.float64)
     _require(u.dtype in kinds, f"u must be float32, bfloat16 or float16, got {dtype_name(u.dtype)}")
     _require(u.dim() == 3, f"u must have shape (B, H, L), got {tuple(u.shape)}")
@@ -148,6 +149,7 @@ def _check_factors(factors: Factors, radices: tuple[int, ...], u: Tensor, name: 
         block = factors[n]
         if not isinstance(block, Tensor):
             raise TypeError(f"butterfly_conv: {name}[{n}] must be a tensor, got {type(block).__name__}")
+        require_dense("butterfly_conv", **{f"{name}[{n}]": block})
         _require(
             tuple(block.shape) in ((1, n, n), (channels, n, n)),
             f"{name}[{n}] must have shape (1, {n}, {n}) or ({channels}, {n}, {n}), got {tuple(block.shape)}",

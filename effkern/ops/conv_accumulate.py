@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effkern import backends
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name, without_autocast
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name, require_dense, without_autocast
 
 __all__ = ["conv_accumulate"]
 
@@ -23,6 +23,7 @@ def _check(tile: Tensor, k_slice: Tensor, out: Tensor) -> None:
     for name, t in (("tile", tile), ("k_slice", k_slice), ("out", out)):
         if not isinstance(t, Tensor):
             raise TypeError(f"conv_accumulate: {name} must be a tensor, got {type(t).__name__}")
+    require_dense("conv_accumulate", tile=tile, k_slice=k_slice, out=out)
     allowed = (*FAST_DTYPES, torch.float64)
     _require(tile.dtype in allowed, f"tile must be a floating dtype, got {dtype_name(tile.dtype)}")
     _require(tile.dim() == 3, f"tile must have shape (batch, channels, T), got {tuple(tile.shape)}")

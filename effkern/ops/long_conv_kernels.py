@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effkern import backends
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name, without_autocast
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name, require_dense, without_autocast
 from effkern.reference.long_conv_kernels import zero_order_hold
 
 __all__ = ["smooth_kernel", "vandermonde_bytes", "vandermonde_flops", "vandermonde_kernel"]
@@ -47,6 +47,7 @@ def smooth_kernel(k: Tensor, squash: float = 0.1, width: int = 7) -> Tensor:
         raise TypeError(f"smooth_kernel: k must be a tensor of floating numbers, got {what}")
     if not isinstance(width, int):
         raise TypeError(f"smooth_kernel: width must be an integer, got {type(width).__name__}")
+    require_dense("smooth_kernel", k=k)
     if k.dim() == 0:
         raise ValueError("smooth_kernel: k must have shape (..., Lk), got a number")
     if not (squash >= 0 and math.isfinite(squash)):
@@ -57,7 +58,7 @@ def smooth_kernel(k: Tensor, squash: float = 0.1, width: int = 7) -> Tensor:
     if k.numel() == 0:
         return k.clone(memory_format=torch.contiguous_format)
     rows = k.reshape(-1, k.shape[-1]).to(torch.float64 if k.dtype == torch.float64 else torch.float32)
-    shrunk = torch.nn.functional.softshrink(rows, squash)
+    shrunk = torch.nn.functional.softshrink(rows, min(squash, torch.finfo(rows.dtype).max))
     smooth = torch.nn.functional.avg_pool1d(shrunk, width, stride=1, padding=width // 2)
     return smooth.to(k.dtype).view(k.shape)
 
@@ -178,6 +179,7 @@ def _check_vandermonde(C: Tensor, A: Tensor, dt: Tensor, length: int) -> None:
     for name, t in (("C", C), ("A", A), ("dt", dt)):
         if not isinstance(t, Tensor):
             raise TypeError(f"vandermonde_kernel: {name} must be a tensor, got {type(t).__name__}")
+    require_dense("vandermonde_kernel", C=C, A=A, dt=dt)
     if not isinstance(length, int | torch.SymInt):
         raise TypeError(f"vandermonde_kernel: length must be an integer, got {type(length).__name__}")
     if length < 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effkern.ops._dispatch import without_autocast
+from effkern.ops._dispatch import require_dense, without_autocast
 from effkern.ops._monarch_checks import check_factors, check_kinds
 from effkern.ops.monarch import block_diag_matmul, monarch_matmul
 
@@ -32,7 +32,8 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
 
     Raises:
         TypeError: weight is not a tensor of floating or complex numbers.
-        ValueError: weight is not a finite matrix, nblocks does not divide m or n, or rank is out of its range.
+        ValueError: weight is not a finite matrix or a meta tensor, nblocks does not divide m or n, or rank is out of
+            its range.
 
     Numerics:
         In float64 (complex128), rounded once. The singular vectors are eigenvectors of the smaller Gram matrix of each
@@ -46,6 +47,7 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
         Dao et al. 2022 (Monarch), section 3.3 and theorem 1; rank above 1 as in its appendix on rectangular blocks.
     """
     check_kinds("monarch_project", weight=weight)
+    require_dense("monarch_project", weight=weight)
     if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"monarch_project: weight must be floating or complex, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
@@ -58,6 +60,8 @@ def monarch_project(weight: Tensor, nblocks: int, rank: int = 1) -> tuple[Tensor
     s, p = m // nblocks, n // nblocks
     if not 1 <= rank <= min(s, p):
         raise ValueError(f"monarch_project: rank must be between 1 and {min(s, p)}, got {rank}")
+    if weight.is_meta:
+        raise ValueError("monarch_project: weight must have numbers, got a meta tensor")
     with torch.no_grad():
         wide = weight.to(torch.complex128 if weight.is_complex() else torch.float64)
         if not wide.isfinite().all():
@@ -118,6 +122,7 @@ def monarch_dense(w1: Tensor, w2: Tensor) -> Tensor:
         torch.Size([4, 4])
     """
     check_kinds("monarch_dense", w1=w1, w2=w2)
+    require_dense("monarch_dense", w1=w1, w2=w2)
     check_factors("monarch_dense", w1, w2)
     with without_autocast(w1):
         return _multiply_out(w1, w2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effkern.ops import _palette_layout as layout
 from effkern.ops._cluster_checks import DIMS, check_clusters, check_groups, check_weight, require
-from effkern.ops._dispatch import FAST_DTYPES, dtype_name
+from effkern.ops._dispatch import FAST_DTYPES, dtype_name, require_dense
 
 __all__ = ["Palette", "palettize"]
 
@@ -185,6 +185,7 @@ def palettize(
     check_weight(NAME, weight)
     kind = type(centroids).__name__
     require(NAME, isinstance(centroids, Tensor), f"centroids must be a tensor, got {kind}", TypeError)
+    require_dense(NAME, weight=weight, centroids=centroids)
     floating = centroids.is_floating_point()
     require(NAME, floating, f"centroids must be floating, got {dtype_name(centroids.dtype)}", TypeError)
     require(NAME, centroids.device == weight.device, "centroids is on another device than weight")
@@ -208,6 +209,8 @@ def palettize(
 def _require_finite(tensor: Tensor, message: str) -> None:
     """In a compiled graph the check is part of the graph, which goes on without waiting for the answer; there the error
     comes when the graph runs, on a GPU as a failed device assertion."""
+    if tensor.is_meta:  # no numbers to look at
+        return
     finite = tensor.isfinite().all()
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(finite, f"{NAME}: {message}")

@@ -18,6 +18,7 @@ from effkern.ops._dispatch import (
     refuse_all_but_fast,
     refuse_all_but_floating,
     refuse_forward_mode,
+    require_dense,
     triton_refusal,
     without_autocast,
 )
@@ -77,6 +78,7 @@ def _check(x: Tensor, palette: Palette, bias: Tensor | None, low_rank: Any) -> N
     if not pair or not all(isinstance(t, Tensor) and t.is_floating_point() for t in low_rank):
         raise TypeError(f"{NAME}: low_rank must be two tensors of floating numbers")
     first, second = low_rank
+    require_dense(NAME, **{"low_rank[0]": first, "low_rank[1]": second})
     if first.dim() != 2 or first.shape[1] != features:
         raise RuntimeError(f"{NAME}: low_rank[0] must have shape (r, {features}), got {tuple(first.shape)}")
     if second.dim() != 2 or second.shape[0] != rows or second.shape[1] != first.shape[0]:

@@ -1,0 +1,159 @@
+"""Tensors of more than 2^31 elements, where a 32-bit index would wrap around. Only with --large: gibibytes and minutes.
+
+What comes out is held against small calls on pieces at the start, around element 2^31, and at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from robust_tally import count
+from torch import Tensor
+
+import effkern
+
+pytestmark = [pytest.mark.slow, pytest.mark.plain_empty]
+AREA, FAULT = "large tensors", "more than 2^31 elements"
+WRAP = 1 << 31
+
+
+def available() -> int:
+    """Bytes that can be had without swapping; 0 where the system does not say."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) << 10
+
+
+@pytest.fixture
+def room(request: pytest.FixtureRequest, threads: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that skips the test where fewer gibibytes than it asks for are free."""
+
+    def need(gibibytes: int) -> None:
+        if not request.config.getoption("--large"):
+            pytest.skip("takes gibibytes of memory and minutes: ask for it with --large")
+        free = available() / 2**30
+        if free < gibibytes + 1:
+            pytest.skip(f"needs {gibibytes} GiB and one to spare, {free:.1f} GiB are free")
+
+    threads(2)
+    return need
+
+
+def pattern(rows: int, columns: int) -> Tensor:
+    """bfloat16 (rows, columns): numbers that repeat after a prime number of rows, so that no two pieces are alike."""
+    period = torch.randn(997, columns).bfloat16()
+    made = torch.empty(rows, columns, dtype=torch.bfloat16)
+    for begin in range(0, rows, 997):
+        made[begin : begin + 997] = period[: min(997, rows - begin)]
+    return made
+
+
+def pieces(rows: int, columns: int, size: int = 5) -> list[slice]:
+    middle = WRAP // columns
+    return [slice(0, size), slice(middle - size, middle + size), slice(rows - size, rows)]
+
+
+def same_rows(large: Tensor, parts: Sequence[slice], small: Callable[[slice], Tensor]) -> None:
+    assert large.numel() > WRAP
+    for part in parts:
+        torch.testing.assert_close(large[part], small(part), rtol=1.6e-2, atol=1e-2)
+    count(AREA, FAULT, right=1)
+
+
+def test_coupling(room: Callable[[int], None]) -> None:
+    room(9)
+    rows, columns = (1 << 19) + 10, 4096
+    f = pattern(rows, columns)
+    summed = effkern.coupling(f, f)
+    assert isinstance(summed, Tensor)
+    same_rows(summed, pieces(rows, columns), lambda part: f[part] + f[part])
+
+
+def test_block_diagonal_product(room: Callable[[int], None]) -> None:
+    room(9)
+    rows, columns = (1 << 21) + 10, 1024
+    x, w = pattern(rows, columns), torch.randn(64, 16, 16).bfloat16()
+    out = effkern.block_diag_matmul(x, w)
+    same_rows(out, pieces(rows, columns), lambda part: effkern.block_diag_matmul(x[part], w))
+
+
+def test_palettized_product(room: Callable[[int], None]) -> None:
+    """More than 2^31 outputs of few inputs."""
+    room(5)
+    rows, columns = (1 << 17) + 10, 1 << 14
+    weight = torch.randn(columns, 4)
+    palette = effkern.palettize(weight, effkern.kmeans_init(weight, 8))
+    x = pattern(rows, 4)
+    out = effkern.palettized_linear(x, palette)
+    same_rows(out, pieces(rows, columns), lambda part: effkern.palettized_linear(x[part], palette))
+
+
+@pytest.mark.parametrize("name", ["short_conv", "long_conv"])
+def test_convolutions(name: str, room: Callable[[int], None]) -> None:
+    room(9)
+    batch, channels, length = 2, 1 << 10, (1 << 20) + 3
+    x = pattern(batch * channels, length).view(batch, channels, length)
+    taps = torch.randn(channels, 5).bfloat16()
+    conv: Any = getattr(effkern, name)
+    out = conv(x, taps).view(-1, length)
+    parts = [
+        slice(0, 1),
+        slice(WRAP // length, WRAP // length + 1),
+        slice(batch * channels - 1, batch * channels),
+    ]
+
+    def small(part: slice) -> Tensor:
+        row = x.view(-1, 1, 1, length)[part][0]
+        return conv(row, taps[part.start % channels : part.start % channels + 1]).view(1, length)
+
+    same_rows(out, parts, small)
+
+
+def test_many_queries(room: Callable[[int], None]) -> None:
+    room(9)
+    heads, queries, dim = 2, (1 << 23) + 5, 128
+    q = pattern(heads * queries, dim).view(1, heads, queries, dim)
+    k, v = torch.randn(2, 1, heads, 4, dim).bfloat16()
+    out = effkern.attention(q, k, v).view(-1, dim)
+
+    def small(part: slice) -> Tensor:
+        head = part.start // queries
+        rows = q.view(-1, dim)[part].view(1, 1, -1, dim)
+        return effkern.attention(rows, k[:, head : head + 1], v[:, head : head + 1]).view(-1, dim)
+
+    same_rows(out, pieces(heads * queries, dim), small)
+
+
+def test_long_cache(room: Callable[[int], None]) -> None:
+    """Decoding where the last keys of the cache lie beyond 2^31 elements: only those are seen."""
+    room(9)
+    capacity, dim = (1 << 24) + 64, 128
+    k = pattern(capacity, dim).view(1, 1, capacity, dim)
+    q = torch.randn(1, 2, 1, dim).bfloat16()
+    assert k.numel() > WRAP
+    window = effkern.masks.SlidingWindow(31, 0)
+    lengths = torch.tensor([capacity], dtype=torch.int32)
+    out = effkern.attention_decode(q, k, k, lengths, mask=window)
+    last = k[:, :, -32:]
+    near = effkern.attention_decode(q, last, last, torch.tensor([32], dtype=torch.int32))
+    assert isinstance(out, Tensor) and isinstance(near, Tensor)
+    torch.testing.assert_close(out, near, rtol=1.6e-2, atol=1e-2)
+    count(AREA, FAULT, right=1)
+
+
+def test_clustering(room: Callable[[int], None]) -> None:
+    """16-bit weights are counted by value: the result is that of the distinct values and how often they occur."""
+    room(10)
+    rows, columns = (1 << 19) + 10, 4096
+    weight = pattern(rows, columns)
+    centroids = torch.linspace(-2, 2, 8)
+    clustered, found = effkern.dkm(weight, centroids, temperature=0.2)
+    _, expected = effkern.dkm(weight[: 997 * 4], centroids, temperature=0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    same_rows(clustered, pieces(rows, columns), lambda part: clustered[:997][torch.arange(rows)[part] % 997])
