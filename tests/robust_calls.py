@@ -69,13 +69,13 @@ def digests() -> Iterator[tuple[str, str]]:
         yield str(call), digest(call.results())
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a script of this folder in a process of its own, which finds the tests' modules."""
     folder = Path(__file__).resolve().parent
     path = [str(folder), str(folder / "ops"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, str(folder / name), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "2"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "2"} | environment,
         capture_output=True,
         text=True,
         timeout=400,

