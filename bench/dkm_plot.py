@@ -15,11 +15,8 @@ import effkern
 
 from .theme import LIGHT, Theme, render
 
-FACTORS = (
-    0.1,
-    0.03,
-    0.01,
-)  # of the squared gap between centroids: where layers start, and on to where they end
+# Temperatures, of the squared gap between centroids: where layers start, and on to where they end.
+FACTORS = (0.1, 0.03, 0.01)
 BITS = 3
 STEEPEST = 8.0
 

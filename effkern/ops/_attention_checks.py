@@ -27,6 +27,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise RuntimeError(f"attention: {name} must be a dense strided tensor, got layout {layout}")
 
 
+def largest_factor(dtype: torch.dtype) -> tuple[float, str]:
+    """Of scores of q's dtype, and the words for it: in float32, in which all but float64 is computed, a larger one
+    would turn every score into infinity or NaN."""
+    return (math.inf, "") if dtype == torch.float64 else (torch.finfo(torch.float32).max, " in float32")
+
+
 def check_arguments(
     q: Tensor,
     k: Tensor,
@@ -71,10 +77,7 @@ def check_arguments(
     require(q.shape[-1] >= 1, "q has head dim 0, expected at least 1")
     require(v.shape[-1] >= 1, "v has head dim 0, expected at least 1")
     if isinstance(scale, float):
-        # The kernels multiply in float32, where a larger scale would turn every score into inf.
-        most, where = (
-            (math.inf, "") if q.dtype == torch.float64 else (torch.finfo(torch.float32).max, " in float32")
-        )
+        most, where = largest_factor(q.dtype)
         require(math.isfinite(scale) and abs(scale) <= most, f"scale must be finite{where}, got {scale}")
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effkern.masks import Lowered, Mask
-from effkern.ops._attention_checks import require
+from effkern.ops._attention_checks import largest_factor, require
 from effkern.ops._dispatch import dtype_name, require_dense
 from effkern.reference.attention import new_dropout_seed
 
@@ -206,7 +206,7 @@ def check_options(
         _check_dtype("bias", o.bias, q)
         entries = q.shape[0] if o.cu_seqlens_q is None else o.cu_seqlens_q.shape[0] - 1
         _check_table("bias", o.bias, q, (entries, q.shape[-3], *longest), packed, True)
-    good = math.isfinite(o.softcap) and o.softcap >= 0.0
+    good = math.isfinite(o.softcap) and 0.0 <= o.softcap <= largest_factor(q.dtype)[0]
     require(good, f"softcap must be finite and at least 0, got {o.softcap}")
     for name, tensor in (("sink_logits", o.sink_logits), ("alibi_slopes", o.alibi_slopes)):
         if tensor is not None:

@@ -88,13 +88,12 @@ def _check(
             f"page_table must be int32 of shape ({batch}, pages of a sequence) on q's device, got "
             f"{dtype_name(page_table.dtype)} of shape {tuple(page_table.shape)}",
         )
+    most = torch.finfo(torch.float32).max
     if isinstance(scale, float):
-        _require(
-            math.isfinite(scale) and abs(scale) <= torch.finfo(torch.float32).max,
-            f"scale must be finite in float32, got {scale}",
-        )
+        good = math.isfinite(scale) and abs(scale) <= most
+        _require(good, f"scale must be finite in float32, got {scale}")
     _require(bands is None or len(bands) % 3 == 0, "bands must hold triples (left, right, sink)")
-    good = math.isfinite(softcap) and softcap >= 0.0
+    good = math.isfinite(softcap) and 0.0 <= softcap <= most
     _require(good, f"softcap must be finite and at least 0, got {softcap}")
     if sink_logits is not None:
         shape = tuple(sink_logits.shape)

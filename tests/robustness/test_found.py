@@ -73,6 +73,17 @@ def test_a_squash_beyond_float32() -> None:
     assert not effkern.smooth_kernel(torch.randn(9), squash=1e300).any()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_softcap_beyond_float32(backend: str) -> None:
+    """Its product with tanh(0) would be NaN."""
+    x = torch.ones(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match=r"^attention: softcap must be finite"):
+        effkern.attention(x, x, x, softcap=1e300, backend=backend)
+    lengths = torch.full((1,), 4, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^attention_decode: softcap must be finite"):
+        effkern.attention_decode(x, x, x, lengths, softcap=1e300, backend=backend)
+
+
 def test_a_projection_of_no_numbers() -> None:
     with pytest.raises(ValueError, match=r"^monarch_project: weight must have numbers, got a meta tensor"):
         effkern.monarch_project(torch.empty(4, 4, device="meta"), 2)
