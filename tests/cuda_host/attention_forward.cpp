@@ -1,5 +1,6 @@
 // Runs the CUDA attention forward on the software model of a thread block, block after block. Called through ctypes.
 #include "attention/forward_sm80_kernel.cuh"
+#include "attention_call.h"
 
 namespace {
 
@@ -29,55 +30,13 @@ void run_for(const ForwardParams& p, int64_t l2_bytes, unsigned seed) {
 
 }  // namespace
 
-struct Tensor {
-  void* data;
-  int64_t bytes, batch, head, token;  // the extent of its memory, and strides in elements
-};
-
-struct Call {
-  Tensor q, k, v, out, lse;
-  const int *cu_seqlens_q, *cu_seqlens_k;
-  int sequences, heads, group, queries, keys, head_dim, value_dim;
-  int bf16, causal, top_left;
-  double scale;
-  int64_t l2_bytes;
-  unsigned seed;
-};
-
 // Null, or what went wrong.
 extern "C" const char* model_attention_forward(const Call* call) {
-  ForwardParams p{};
-  const auto strides = [](const Tensor& t) { return attention::Strides{t.batch, t.head, t.token}; };
-  model::Block& block = model::block();
-  block.error.clear();
-  block.global.clear();
-  for (const Tensor* t : {&call->q, &call->k, &call->v, &call->out})
-    block.global.push_back({static_cast<char*>(t->data), static_cast<char*>(t->data) + t->bytes});
-  p.q = static_cast<const uint16_t*>(call->q.data);
-  p.k = static_cast<const uint16_t*>(call->k.data);
-  p.v = static_cast<const uint16_t*>(call->v.data);
-  p.out = static_cast<uint16_t*>(call->out.data);
-  p.lse = static_cast<float*>(call->lse.data);
-  p.q_strides = strides(call->q);
-  p.k_strides = strides(call->k);
-  p.v_strides = strides(call->v);
-  p.out_strides = strides(call->out);
-  p.lse_strides = strides(call->lse);
-  p.cu_seqlens_q = call->cu_seqlens_q;
-  p.cu_seqlens_k = call->cu_seqlens_k;
-  p.sequences = call->sequences;
-  p.heads = call->heads;
-  p.group = call->group;
-  p.queries = call->queries;
-  p.keys = call->keys;
-  p.head_dim = call->head_dim;
-  p.value_dim = call->value_dim;
-  p.causal = call->causal;
-  p.top_left = call->top_left;
-  attention::set_scale(p, call->scale);
+  const ForwardParams p = params_of(*call);
   if (call->bf16)
     run_for<cuda::Bf16>(p, call->l2_bytes, call->seed);
   else
     run_for<cuda::Fp16>(p, call->l2_bytes, call->seed);
-  return block.error.empty() ? nullptr : block.error.c_str();
+  const std::string& error = model::block().error;
+  return error.empty() ? nullptr : error.c_str();
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -42,6 +43,9 @@ class Block {
     ready_.clear();
     arrived_ = 0;
     running_ = threads;
+    work_.clear();
+    at_end_.clear();
+    on_store_ = nullptr;
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = fibers_[i];
       fiber.stack.resize(kStackBytes);
@@ -50,7 +54,32 @@ class Block {
       ready_.push_back(i);
     }
     if (!_setjmp(main_)) resume_any();
+    for (const auto& check : at_end_) check();
   }
+
+  // Work of an engine beside the threads: done at some moment, at the latest when no thread can run.
+  int start_work(std::function<void()> work) {
+    work_.emplace(++last_work_, std::move(work));
+    return last_work_;
+  }
+  void finish_work(int id) {
+    const auto found = work_.find(id);
+    if (found == work_.end()) return;
+    const std::function<void()> work = std::move(found->second);
+    work_.erase(found);
+    if (error.empty()) work();
+  }
+
+  // Lets the current thread sleep until someone wakes it.
+  void sleep() { wait(); }
+  void wake(int thread) { ready_.push_back(thread); }
+
+  void check_at_end(std::function<void()> check) { at_end_.push_back(std::move(check)); }
+  void watch_stores(std::function<void(uint32_t, uint32_t)> watcher) { on_store_ = std::move(watcher); }
+  void stored(uint32_t address, uint32_t bytes) {
+    if (on_store_) on_store_(address, bytes);
+  }
+  unsigned lot() { return random_(); }
 
   int thread() const { return current_; }
 
@@ -142,6 +171,8 @@ class Block {
     if (!_setjmp(fibers_[current_].state)) resume_any();
   }
   [[noreturn]] void resume_any() {
+    while (!work_.empty() && (ready_.empty() || random_() % 4 == 0))
+      finish_work(std::next(work_.begin(), random_() % work_.size())->first);
     if (ready_.empty()) {
       if (running_ > 0) fail("deadlock: some threads wait at a barrier that the others never reach");
       _longjmp(main_, 1);
@@ -179,6 +210,10 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<int> ready_;
+  std::map<int, std::function<void()>> work_;
+  std::vector<std::function<void()>> at_end_;
+  std::function<void(uint32_t, uint32_t)> on_store_;
+  int last_work_ = 0;
   bool favourites_ = false;
   int order_ = 0, current_ = 0, arrived_ = 0, running_ = 0;
   alignas(16) char scratch_[16] = {};

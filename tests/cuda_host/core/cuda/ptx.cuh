@@ -66,9 +66,10 @@ void cp_async_wait() {
   model::block().wait_copies(kPending);
 }
 
-inline void store_shared(uint32_t address, uint32_t word) { std::memcpy(model::block().shared(address, 4), &word, 4); }
-inline void store_shared(uint32_t address, const Vector16& v) {
-  std::memcpy(model::block().shared(address, 16), &v, 16);
+template <class Value>
+void store_shared(uint32_t address, const Value& value) {
+  std::memcpy(model::block().shared(address, sizeof value), &value, sizeof value);
+  model::block().stored(address, sizeof value);
 }
 inline Vector16 load_shared(uint32_t address) {
   Vector16 v;

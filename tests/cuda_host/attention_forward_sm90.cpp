@@ -1,0 +1,85 @@
+// Runs the sm_90a attention forward on the software model of a thread block. Called through ctypes.
+#include "attention/forward_sm90_kernel.cuh"
+#include "attention_call.h"
+
+namespace {
+
+using namespace effkern;
+using attention::ForwardSm90Params;
+
+// Masks and schedule of a call, beside what attention_call.h has.
+struct Masks {
+  const int64_t* bands;
+  int64_t band_numbers;
+  const int64_t* groups;
+  int64_t group_count;
+  const uint8_t* layout;
+  int64_t layout_batch, layout_head, layout_row;
+  int block;
+  const int *entries, *full, *total;
+  int batch_lines, head_lines, most;
+  int multiprocessors;
+  int head_dim, keys;  // the instance
+};
+
+// As tensor_map.h makes it: an axis of one element, or a packed batch, has size 1.
+cuda::TensorMap map_of(const Tensor& t, int batch, int heads, int tokens, int dim, int rows, int columns) {
+  cuda::TensorMap map{};
+  map.data = static_cast<char*>(t.data);
+  const int64_t sizes[4] = {dim, tokens, heads, batch}, strides[4] = {1, t.token, t.head, t.batch};
+  for (int axis = 0; axis < 4; ++axis) map.size[axis] = sizes[axis], map.stride[axis] = strides[axis] * 2;
+  map.box_rows = rows;
+  map.box_columns = columns;
+  map.swizzle = columns == 64 ? cuda::Swizzle::k128B : cuda::Swizzle::k64B;
+  return map;
+}
+
+template <class Element, int kHeadDim, int kKeys>
+void run(const Call& call, ForwardSm90Params& p, int multiprocessors) {
+  using Shape = attention::ForwardSm90Shape<kHeadDim, kKeys>;
+  using Memory = attention::ForwardSm90Memory<Shape>;
+  const int batch = p.base.packed() ? 1 : call.sequences, columns = Memory::KeyTile::kPanelColumns;
+  const int key_heads = call.heads / call.group;
+  p.q_map = map_of(call.q, batch, call.heads, call.queries, call.head_dim, 64, columns);
+  p.k_map = map_of(call.k, batch, key_heads, call.keys, call.head_dim, kKeys, columns);
+  p.v_map = map_of(call.v, batch, key_heads, call.keys, call.value_dim, kKeys, columns);
+  p.out_map = map_of(call.out, batch, call.heads, call.queries, call.value_dim, 64, columns);
+  plan_forward_sm90(p, Shape::kQueries, multiprocessors, call.l2_bytes);
+  model::Block& block = model::block();
+  for (int i = 0; i < p.blocks && block.error.empty(); ++i) {
+    block.index = i;
+    model::hopper().reset(Shape::kThreads / 32);
+    block.run(Shape::kThreads, Memory::kBytes + Memory::kAlignment, call.seed + i,
+              [&] { attention::attention_forward_sm90<Element, Shape>(p, 0); });
+  }
+}
+
+template <class Element>
+void run_for(const Call& call, const Masks& masks, ForwardSm90Params& p) {
+  const int instance = masks.head_dim * 1000 + masks.keys;
+  if (instance == 64128) return run<Element, 64, 128>(call, p, masks.multiprocessors);
+  if (instance == 96128) return run<Element, 96, 128>(call, p, masks.multiprocessors);
+  if (instance == 128128) return run<Element, 128, 128>(call, p, masks.multiprocessors);
+  if (instance == 128176) return run<Element, 128, 176>(call, p, masks.multiprocessors);
+  if (instance == 256080) return run<Element, 256, 80>(call, p, masks.multiprocessors);
+  model::block().error = "there is no such instance";
+}
+
+}  // namespace
+
+// Null, or what went wrong.
+extern "C" const char* model_attention_forward_sm90(const Call* call, const Masks* masks) {
+  ForwardSm90Params p{};
+  p.base = params_of(*call);
+  const char* refused = fold_masks(p, {masks->bands, masks->bands + masks->band_numbers},
+                                   {masks->groups, masks->groups + masks->group_count});
+  if (refused) return refused;
+  p.layout = {masks->layout, masks->layout_batch, masks->layout_head, masks->layout_row, masks->block};
+  p.lists = {masks->entries, masks->full, masks->total, masks->batch_lines, masks->head_lines, masks->most};
+  if (call->bf16)
+    run_for<cuda::Bf16>(*call, *masks, p);
+  else
+    run_for<cuda::Fp16>(*call, *masks, p);
+  const std::string& error = model::block().error;
+  return error.empty() ? nullptr : error.c_str();
+}
