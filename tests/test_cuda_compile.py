@@ -23,7 +23,7 @@ FORWARD = [(e, d, dv) for e in ELEMENTS for d in (64, 128) for dv in (64, 128)]
 FORWARD_SM90 = [
     (e, *shape) for e in ELEMENTS for shape in ((64, 128), (96, 128), (128, 128), (128, 176), (256, 80))
 ]
-MEGABYTES = 3  # of the library; every unit of a kernel costs a user's disk and a server's start
+MEGABYTES = 4  # of the library; every unit of a kernel costs a user's disk and a server's start
 
 if not LIBRARY.exists():
     pytest.skip("the CUDA library was not built (no nvcc)", allow_module_level=True)
@@ -88,7 +88,7 @@ def _instructions() -> dict[tuple[str, str], Counter[str]]:
 def test_images_for_every_architecture() -> None:
     images = set(re.findall(r"\.(sm_\w+)\.cubin", _dump("--list-elf")))
     assert images == set(ARCHITECTURES)
-    assert re.findall(r"\.(sm_\w+)\.ptx", _dump("--list-ptx")) == ["sm_90"]  # newer GPUs compile this one
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", _dump("--list-ptx"))) == {"sm_90"}  # newer GPUs compile this one
 
 
 def test_no_kernel_uses_local_memory() -> None:
@@ -118,7 +118,7 @@ def test_forward_instructions_sm90(element: str, head_dim: int, keys: int) -> No
     the asynchronous use of registers it serialises products, and waits for each of them."""
     name = _name(
         "attention_forward_sm90_kernel",
-        f"4cuda4{element}ENS_9attention16ForwardSm90ShapeILi{head_dim}ELi{keys}E",
+        f"4cuda4{element}ENS0_16ForwardSm90ShapeILi{head_dim}ELi{keys}E",
     )
     assert [arch for arch, other in _resources() if other == name] == ["sm_90a"]
     count, text = (
