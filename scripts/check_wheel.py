@@ -18,7 +18,7 @@ from packaging.utils import parse_wheel_filename
 
 # MB of 10^6 bytes, also stated in docs/install-faq.md: without the CUDA library, and with it.
 BUDGET_CPU = 5.0
-BUDGET_CUDA = 40.0
+BUDGET_CUDA = 20.0
 SYSTEM = r"lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+"
 TORCH = r"libtorch(_cpu)?\.so"
 # By library: what it may need beside the system's, and the folders it looks in.
