@@ -32,7 +32,8 @@ class Build:
     compiler: str = ""
     nvcc: str = ""
     cuda_images: tuple[str, ...] = ()
-    flags: dict[str, str] = field(default_factory=dict)  # by kind of unit: base of all, units of every ISA, each ISA, nvcc
+    # By kind: base of every unit, units of every ISA, each ISA, nvcc.
+    flags: dict[str, str] = field(default_factory=dict)
     sanitize: bool = False
     emulate: bool = False
 

@@ -1,6 +1,6 @@
 """Checks a finished wheel: its tags, what it holds, what its libraries look for and where, and its size.
 
-    python scripts/check_wheel.py dist/*.whl
+python scripts/check_wheel.py dist/*.whl
 """
 
 from __future__ import annotations

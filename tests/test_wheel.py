@@ -26,7 +26,11 @@ pytestmark = pytest.mark.skipif(
 
 def run_setup(folder: Path, **steps: list[str]) -> None:
     """Runs commands of setup.py with nothing written into the checkout."""
-    steps = {"egg_info": ["--egg-base", str(folder)], "build": ["--build-base", str(folder / "build")], **steps}
+    steps = {
+        "egg_info": ["--egg-base", str(folder)],
+        "build": ["--build-base", str(folder / "build")],
+        **steps,
+    }
     words = [word for step, options in steps.items() for word in (step, *options)]
     command = [sys.executable, "setup.py", "-q", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -86,7 +90,13 @@ def test_faults_of_a_wheel_are_found(wheel: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(check, "BUDGET_CPU", 1.0)
     monkeypatch.setattr(check, "BUDGET_CUDA", 1.0)
     found = "\n".join(check.faults(bad))
-    for words in ("not for manylinux", "was it grafted", "needs libtorch", "looks for libraries in []", "budget"):
+    for words in (
+        "not for manylinux",
+        "was it grafted",
+        "needs libtorch",
+        "looks for libraries in []",
+        "budget",
+    ):
         assert words in found
 
 
