@@ -36,8 +36,8 @@ status=0
 
 try() {  # try TORCH: the whole way with one version; the first step that fails ends it
   local env=$out/torch-$1 log=$out/torch-$1.log
-  rm -rf "$env" "$out/empty" && mkdir -p "$out/empty" && cd "$out/empty" || return 1
-  step="environment" && "$python" -m venv "$env" || return 1
+  step="environment"
+  rm -rf "$env" "$out/empty" && mkdir -p "$out/empty" && cd "$out/empty" && "$python" -m venv "$env" || return 1
   # The interpreter of triton 3.6, which came with torch 2.11, does not know numpy 2.4.
   printf '%s\n' "torch==$1" 'numpy<2.4' > "$env/constraints.txt"
   step="install torch" && "$env/bin/pip" install -q -c "$env/constraints.txt" torch || return 1
