@@ -147,8 +147,9 @@ class SourceDistribution(sdist):
     """Says which commit it was made from, because what is built from it has no git to ask."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        known = commit()  # before the tree lies in the checkout, as a change of it
         super().make_release_tree(base_dir, files)
-        (Path(base_dir) / "COMMIT").write_text(commit() + "\n", encoding="utf-8")
+        (Path(base_dir) / "COMMIT").write_text(known + "\n", encoding="utf-8")
 
 
 setup(

@@ -100,17 +100,21 @@ def test_faults_of_a_wheel_are_found(wheel: Path, tmp_path: Path, monkeypatch: p
         assert words in found
 
 
-def test_source_distribution_is_complete(tmp_path: Path) -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
+def git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
         pytest.skip("not a git checkout")
+    return done.stdout.strip()
+
+
+def test_source_distribution_is_complete(tmp_path: Path) -> None:
+    tracked, head, changes = git("ls-files"), git("rev-parse", "HEAD"), git("status", "--porcelain")
     run_setup(tmp_path, sdist=["--dist-dir", str(tmp_path / "dist")])
     (path,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2]: name for name in archive.getnames()}
         commit = archive.extractfile(names["COMMIT"])
         assert commit is not None
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-        assert commit.read().decode().strip().removesuffix("-dirty") == head.strip()
-    assert set(tracked.stdout.split()) - {".gitignore"} <= set(names)
+        assert commit.read().decode().strip() == head + ("-dirty" if changes else "")
+    assert set(tracked.split()) - {".gitignore"} <= set(names)
     assert [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("build/")] == []
