@@ -77,5 +77,4 @@ def faults(path: Path) -> list[str]:
 
 if __name__ == "__main__":
     wrong = [f"{name}: {fault}" for name in sys.argv[1:] for fault in faults(Path(name))]
-    print(*wrong, sep="\n", file=sys.stderr)
-    sys.exit(bool(wrong) or len(sys.argv) < 2)
+    sys.exit("\n".join(wrong) if wrong else len(sys.argv) < 2)
