@@ -1,9 +1,11 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
 #   make build | test | integrations | bench | robustness | tsan | lint | docs | lock | wheel | format | clean
-# PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
+# PYTHON chooses the interpreter that .venv is made from, TORCH, TRITON and TORCHVISION the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.*
+# The release that goes with TORCH; only `make integrations` installs it.
+TORCHVISION ?= 0.28.*
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +51,7 @@ test: build
 $(INTEGRATIONS_READY): $(READY)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[integrations]'
 	@# timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
-	$(BIN)/python -m pip install -q --no-deps 'timm==1.*' torchvision
+	$(BIN)/python -m pip install -q --no-deps 'timm==1.*' 'torchvision==$(TORCHVISION)'
 	@touch $@
 
 # With the libraries themselves, which `make test` skips where they are not installed.
