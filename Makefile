@@ -1,9 +1,12 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
-#   make build | test | bench | robustness | tsan | lint | docs | lock | wheel | sdist | wheel-test | format | clean
-# PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
+#   make build | test | integrations | bench | robustness | tsan | lint | docs | lock
+#        wheel | sdist | wheel-test | format | clean
+# PYTHON chooses the interpreter that .venv is made from, TORCH, TRITON and TORCHVISION the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.*
+# The release that goes with TORCH; only `make integrations` installs it.
+TORCHVISION ?= 0.28.*
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +17,11 @@ READY := $(VENV)/.ready-torch-$(TORCH)
 # Only who builds the site needs its tools; this goes with the other stamp when that is renewed.
 DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
 WHEEL_READY := $(VENV)/.ready-wheel-torch-$(TORCH)
+INTEGRATIONS_READY := $(VENV)/.ready-integrations-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test bench robustness tsan lock lint typing docs format wheel sdist wheel-test clean
+.PHONY: setup build test integrations bench robustness tsan lock lint typing docs format wheel sdist wheel-test clean
 
 setup: $(READY)
 
@@ -42,9 +46,19 @@ $(READY): pyproject.toml Makefile
 build: $(READY)
 	@$(BIN)/python setup.py build_ext --inplace
 
-# A file stays with one process: what its tests prepare is prepared once.
+# A file stays with one process: what its tests prepare is prepared once. Threads that wait leave the core to the others.
 test: build
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
+
+$(INTEGRATIONS_READY): $(READY)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[integrations]'
+	@# timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
+	$(BIN)/python -m pip install -q --no-deps 'timm==1.*' 'torchvision==$(TORCHVISION)'
+	@touch $@
+
+# With the libraries themselves, which `make test` skips where they are not installed.
+integrations: build $(INTEGRATIONS_READY)
+	$(BIN)/pytest -q -n auto --maxprocesses 2 -p no:benchmark tests/integrations $(ARGS)
 
 bench: build
 	$(BIN)/effkern bench --quick $(ARGS)
