@@ -53,8 +53,7 @@ constexpr uint32_t seen_from(int position, const Bands& bands, int first) {
   return keys_below(position + bands.reach + 1, first) & behind_left_ends(position, bands, first);
 }
 
-// A range that holds what some query of a sequence sees: the keys below `end` that are below `sinks` or not below
-// `low`.
+// A range that holds what the queries of a sequence see: keys below `end` that are below `sinks` or not below `low`.
 struct VisibleKeys {
   int sinks, low, end;
 };
@@ -73,8 +72,7 @@ constexpr VisibleKeys visible_keys(int length, int queries, const Bands& bands) 
   return keys;
 }
 
-// What some query sees of a tile. The first query's windows begin first, and a key behind it is seen from its own
-// place.
+// What the queries see of a tile. The windows of the first begin first; a key behind it is seen from its own position.
 constexpr uint32_t seen_by_any(int length, int queries, const Bands& bands, int first) {
   return keys_below(length + bands.reach, first) & behind_left_ends(length - queries, bands, first);
 }
@@ -124,8 +122,8 @@ constexpr int clamped_length(int length, int capacity) {
   return length < 0 ? 0 : length < capacity ? length : capacity;
 }
 
-// Blocks are numbered by tile of rows, then part, then (sequence, kv head): neighbours that read the same keys for
-// other rows run at the same time, and those of one kv head follow each other in memory.
+// Blocks are numbered by tile of rows, part, and (sequence, kv head): those that read the same keys for other rows are
+// neighbours and run at the same time.
 struct Work {
   int row_tile, part, unit;
 };

@@ -1,13 +1,11 @@
-// Decoding on mma.sync and cp.async (compute capability 8.0 and newer): the part of the keys of one (sequence, kv
-// head), against a tile of its (head, query) rows.
+// Decoding on mma.sync and cp.async (compute capability 8.0 and newer): one part of the keys of a (sequence, kv head),
+// against a tile of its (head, query) rows.
 //
 // Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
 //
 // Reading the cache is all that costs time, so the kernel is built around keeping reads under way. Each warp takes
-// every kWarps-th tile of 16 keys for all rows, through a ring of its own: it waits for no other warp, and while it
-// computes, never fewer than 2 kStages - 3 of its tiles of keys or values are on their way. Keys and values pass from
-// the ring to tensor cores without a copy in registers beyond fragments. The warps' results come together once, at the
-// end.
+// every kWarps-th tile of 16 keys for all rows, through a ring of its own: it waits for no other warp, and whenever it
+// waits, 2 kStages - 3 further tiles of keys or values are on their way. The warps' results come together at the end.
 #pragma once
 
 #include "attention_decode/rows_kernel.cuh"
@@ -60,10 +58,7 @@ EFFKERN_DEVICE void fetch(Tile tile, const SplitParams& p, const Cache& cache, c
     return base + page * cache.page_stride + static_cast<uint64_t>(static_cast<uint32_t>(slot)) * cache.token_stride;
   };
   if (p.whole_tiles) {
-    const char* first = address(place.page, place.slot);
-    cuda::copy_in_by_warp(tile, place.rows, columns, [&](int row) {
-      return first + static_cast<uint64_t>(static_cast<uint32_t>(row)) * cache.token_stride;
-    });
+    cuda::copy_in_by_warp(tile, place.rows, columns, address(place.page, place.slot), cache.token_stride);
   } else {
     cuda::copy_in_by_warp(tile, place.rows, columns, [&](int row) {
       return address(cuda::shuffle(place.page, row), cuda::shuffle(place.slot, row));

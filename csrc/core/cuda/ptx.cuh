@@ -154,6 +154,12 @@ EFFKERN_DEVICE void sync_warp() { __syncwarp(); }
 // The value of another lane.
 EFFKERN_DEVICE int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+// The same pointer, which the compiler has to keep: it would otherwise put it together anew at every use.
+EFFKERN_DEVICE const char* opaque(const char* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 // One bit a lane.
 EFFKERN_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 

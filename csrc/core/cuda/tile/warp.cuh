@@ -37,36 +37,55 @@ struct LaneCursor<WarpTile<kRows, kColumns>> {
   }
 };
 
-// Which chunks of a tile a lane copies: in step s the (32 s + lane)-th in row-major order. After kPeriod steps the
-// chunk column comes again, so that a lane needs no more than kPeriod divisions.
+// Which chunks of a tile a lane copies: in step s the (32 s + lane)-th in row-major order. Its first kPeriod chunks are
+// in columns of their own; then the same columns come again, kPeriodRows further down.
 template <class Tile>
 struct WarpSlice {
-  static constexpr int kSteps = Tile::kRows * Tile::kChunks / 32;
   static constexpr int kPeriod = 32 % Tile::kChunks == 0 ? 1 : Tile::kChunks / 4;
-  static constexpr int kPeriodRows = kPeriod * 32 / Tile::kChunks;
-  static_assert(Tile::kRows * Tile::kChunks % 32 == 0 && kPeriod * 32 % Tile::kChunks == 0);
+  static constexpr int kPeriodRows = kPeriod * 32 / Tile::kChunks, kPeriods = Tile::kRows / kPeriodRows;
+  static_assert(kPeriod * 32 % Tile::kChunks == 0 && Tile::kRows % kPeriodRows == 0);
 
-  static constexpr int row(int lane, int step) {
-    return (step % kPeriod * 32 + lane) / Tile::kChunks + step / kPeriod * kPeriodRows;
+  static constexpr int row(int lane, int i) { return (i * 32 + lane) / Tile::kChunks; }
+  static constexpr int chunk(int lane, int i) { return (i * 32 + lane) % Tile::kChunks; }
+  // Rows further down are an exclusive or and an immediate offset away, since tiles begin on multiples of 128 bytes.
+  static constexpr uint32_t below(uint32_t address, int periods) {
+    const int rows = periods * kPeriodRows;
+    return (address ^ Tile::swizzle(rows) * 16) + rows * Tile::kRowBytes;
   }
-  static constexpr int chunk(int lane, int step) { return (step % kPeriod * 32 + lane) % Tile::kChunks; }
 };
 
-// Starts copying a tile. `address_of` says where a row begins; bit i of `rows` says whether row i is read. Other rows,
-// and the columns from `columns` on, a multiple of 8, become zero.
+// Starts copying a tile. `address_of(row)` says where a row begins; bit r of `rows` says whether row r is read. Other
+// rows, and the columns from `columns` on, a multiple of 8, become zero.
 template <class Tile, class AddressOf>
 EFFKERN_DEVICE void copy_in_by_warp(Tile tile, uint32_t rows, int columns, const AddressOf& address_of) {
   using Slice = WarpSlice<Tile>;
   const int lane = thread_index() % 32;
-  uint32_t mine[Slice::kPeriod];  // one shift a chunk column, so that each step tests a bit known to the compiler
 #pragma unroll
-  for (int i = 0; i < Slice::kPeriod; ++i)
-    mine[i] = Slice::chunk(lane, i) * 8 < columns ? rows >> Slice::row(lane, i) : 0;
+  for (int i = 0; i < Slice::kPeriod; ++i) {
+    const int row = Slice::row(lane, i), chunk = Slice::chunk(lane, i);
+    const uint32_t to = tile.address + Tile::offset(row, chunk), mine = chunk * 8 < columns ? rows >> row : 0;
 #pragma unroll
-  for (int step = 0; step < Slice::kSteps; ++step) {
-    const int row = Slice::row(lane, step), chunk = Slice::chunk(lane, step);
-    const bool valid = (mine[step % Slice::kPeriod] & 1u << step / Slice::kPeriod * Slice::kPeriodRows) != 0;
-    cp_async_16(tile.address + Tile::offset(row, chunk), address_of(row) + chunk * 16, valid);
+    for (int periods = 0; periods < Slice::kPeriods; ++periods)
+      cp_async_16(Slice::below(to, periods), address_of(row + periods * Slice::kPeriodRows) + chunk * 16,
+                  (mine & 1u << periods * Slice::kPeriodRows) != 0);
+  }
+}
+
+// The same of rows `stride` bytes apart.
+template <class Tile>
+EFFKERN_DEVICE void copy_in_by_warp(Tile tile, uint32_t rows, int columns, const char* first, uint32_t stride) {
+  using Slice = WarpSlice<Tile>;
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int i = 0; i < Slice::kPeriod; ++i) {
+    const int row = Slice::row(lane, i), chunk = Slice::chunk(lane, i);
+    const uint32_t to = tile.address + Tile::offset(row, chunk), mine = chunk * 8 < columns ? rows >> row : 0;
+    const char* from = opaque(first + uint64_t{static_cast<uint32_t>(row)} * stride + chunk * 16);
+#pragma unroll
+    for (int periods = 0; periods < Slice::kPeriods; ++periods) {
+      cp_async_16(Slice::below(to, periods), from, (mine & 1u << periods * Slice::kPeriodRows) != 0);
+      from += uint64_t{Slice::kPeriodRows} * stride;
+    }
   }
 }
 

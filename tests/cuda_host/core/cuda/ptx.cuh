@@ -181,6 +181,8 @@ inline int shuffle(int value, int lane) {
   return mine.result;
 }
 
+inline const char* opaque(const char* pointer) { return pointer; }
+
 struct Vote {
   bool vote;
   uint32_t result;
