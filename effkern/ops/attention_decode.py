@@ -243,7 +243,7 @@ def _cuda(
     """The key CUDA of `attention_decode`: C++ where it was asked for, else Triton, else the reference."""
     options = _fill(*rest, **named)
     name = backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache, options[2]))
-    runs = {"reference": _run_reference, "cuda": _OPS.attention_decode_cuda.default}
+    runs: dict[str, Any] = {"reference": _run_reference, "cuda": _OPS.attention_decode_cuda.default}
     return runs.get(name, _triton)(q, k_cache, v_cache, cache_seqlens, *options)
 
 
