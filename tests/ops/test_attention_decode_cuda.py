@@ -461,3 +461,18 @@ def test_asked_for_on_the_cpu() -> None:
     q, cache = torch.zeros(1, 2, 1, 64, dtype=BF16), torch.zeros(1, 1, 8, 64, dtype=BF16)
     with pytest.raises(backends.Unavailable, match="it runs on cuda; would work: cpu"):
         effkern.attention_decode(q, cache, cache, torch.tensor([8], dtype=torch.int32), backend="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_asked_for_on_the_gpu() -> None:
+    case = Case(lengths=(300, 20), page=16, mask=Lambda(4, 50), hq=8, hkv=2, d=128, dv=128)
+    given = make(case)
+    q, k, v, lengths, table = (t.cuda() for t in (given.q, given.k, given.v, given.lengths, given.table))
+    expected = _run_gpu(case, given)
+    out, lse = effkern.attention_decode(
+        q, k, v, lengths, page_table=table, mask=case.mask, return_lse=True, backend="cuda"
+    )
+    assert backends.last() == "attention_decode:cuda/sm80"
+    assert torch.equal(out.cpu(), expected[0]) and torch.equal(lse.cpu(), expected[1])
+    with pytest.raises(backends.Unavailable, match=r"not float32; would work: .*triton"):
+        effkern.attention_decode(*(t.float() for t in (q, k, v)), lengths, page_table=table, backend="cuda")
