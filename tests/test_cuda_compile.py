@@ -88,7 +88,8 @@ def _instructions() -> dict[tuple[str, str], Counter[str]]:
 
 
 def test_images_for_every_architecture() -> None:
-    images = set(re.findall(r"\.(sm_\w+)\.cubin", _dump("--list-elf")))
+    # Not by the file names of --list-elf, where an older cuobjdump leaves out the a of sm_90a.
+    images = {arch for arch, _ in _resources()}
     ptx = {image.replace("sm_", "compute_") for image in re.findall(r"\.(sm_\w+)\.ptx", _dump("--list-ptx"))}
     assert {"sm_80", "sm_90a"} <= images and ptx  # newer GPUs compile the PTX
     assert images | ptx == set(IMAGES)
