@@ -81,6 +81,8 @@ EFFKERN_DEVICE void store_global(uint16_t* destination, const Vector16& v) {
   *reinterpret_cast<Vector16*>(destination) = v;
 }
 
+EFFKERN_DEVICE Vector16 load_global(const uint16_t* source) { return *reinterpret_cast<const Vector16*>(source); }
+
 // Four 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of the rows of matrix i; lane l receives
 // elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 of each.
 EFFKERN_DEVICE void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t address) {
@@ -125,6 +127,25 @@ EFFKERN_DEVICE uint32_t pack(float low, float high, Fp16) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+
+// The two elements of a word as floats.
+struct Pair {
+  float low, high;
+};
+
+EFFKERN_DEVICE Pair unpack(uint32_t word, Bf16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+EFFKERN_DEVICE Pair unpack(uint32_t word, Fp16) {
+  Pair pair;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(pair.low), "=f"(pair.high)
+      : "r"(word));
+  return pair;
+}
+
+EFFKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // The value of the lane whose index differs by the bits of `mask`.
 EFFKERN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

@@ -53,6 +53,15 @@ uint32_t pack(float low, float high, Element element) {
   return round_bits(low, element) | uint32_t{round_bits(high, element)} << 16;
 }
 
+struct Pair {
+  float low, high;
+};
+template <class Element>
+Pair unpack(uint32_t word, Element element) {
+  return {widen(static_cast<uint16_t>(word), element), widen(static_cast<uint16_t>(word >> 16), element)};
+}
+inline float as_float(uint32_t bits) { return model::bits_to_float(bits); }
+
 inline int thread_index() { return model::block().thread(); }
 inline int block_index() { return model::block().index; }
 inline void sync_block() { model::block().barrier(); }
@@ -78,6 +87,12 @@ inline Vector16 load_shared(uint32_t address) {
 }
 inline void store_global(uint16_t* destination, const Vector16& v) {
   if (model::block().check_global(destination)) std::memcpy(destination, &v, 16);
+}
+
+inline Vector16 load_global(const uint16_t* source) {
+  Vector16 v{};
+  if (model::block().check_global(source)) std::memcpy(&v, source, 16);
+  return v;
 }
 
 struct MatrixLoad {

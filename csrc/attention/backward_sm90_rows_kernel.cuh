@@ -1,0 +1,70 @@
+// What the backward needs of every query row: its lse in base 2, and delta = rowsum(dO O) - dlse.
+//
+// Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
+//
+// Bound by memory. Written twice: by token, and for the copy engine as pairs in whole tiles a sequence.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "attention/backward_sm90_launch.h"
+#include "core/cuda/ptx_sm90.cuh"
+
+namespace effkern::attention {
+
+constexpr int kRowThreads = 256, kRowLanes = 8;  // lanes that share a row
+
+EFFKERN_DEVICE int64_t row_of(const Strides& s, int batch, int head, int64_t token) {
+  return batch * s.batch + head * s.head + token * s.token;
+}
+
+template <class Element>
+EFFKERN_DEVICE void attention_backward_rows_sm90(const BackwardSm90Params& p) {
+  const ForwardParams& b = p.call.base;
+  const int line = cuda::block_index() / p.row_slots, slot = cuda::block_index() - line * p.row_slots;
+  const int batch = line / b.heads, head = line - batch * b.heads;
+  int tile = slot;
+  Span queries{0, b.queries};
+  if (b.cu_seqlens_q) {
+    const QueryTile found = tile_of_slot(b.cu_seqlens_q, b.sequences, slot, p.row_tile);
+    queries = packed_span(b.cu_seqlens_q, found.sequence, b.queries);
+    tile = found.tile;
+  }
+  const int lane = cuda::thread_index() % kRowLanes;
+  for (int row = cuda::thread_index() / kRowLanes; row < p.row_tile; row += kRowThreads / kRowLanes) {
+    const int query = tile * p.row_tile + row;
+    const bool there = tile >= 0 && query < queries.count;
+    const int64_t token = int64_t{queries.begin} + query;
+    float sum = 0.f;
+    if (there) {
+      const uint16_t* out = b.out + row_of(b.out_strides, batch, head, token);
+      const uint16_t* grad = p.grad_out + row_of(p.grad_out_strides, batch, head, token);
+      for (int column = lane * 8; column < b.value_dim; column += kRowLanes * 8) {
+        const cuda::Vector16 left = cuda::load_global(out + column), right = cuda::load_global(grad + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const cuda::Pair o = cuda::unpack(left.words[i], Element{}), g = cuda::unpack(right.words[i], Element{});
+          sum += o.low * g.low + o.high * g.high;
+        }
+      }
+    }
+#pragma unroll
+    for (int mask = 1; mask < kRowLanes; mask *= 2) sum += cuda::shuffle_xor(sum, mask);
+    if (lane != 0) continue;
+    float lse = INFINITY, delta = 0.f;
+    if (there) {
+      const float natural = b.lse[row_of(b.lse_strides, batch, head, token)];
+      if (natural != -INFINITY) {
+        lse = natural * 1.44269504f;
+        delta = p.grad_lse ? sum - p.grad_lse[row_of(p.grad_lse_strides, batch, head, token)] : sum;
+      }
+      p.delta[row_of(p.delta_strides, batch, head, token)] = delta;
+    }
+    float* pair = p.rows + ((int64_t{line} * p.row_slots + slot) * p.row_tile + row) * 2;
+    pair[0] = lse;
+    pair[1] = delta;
+  }
+}
+
+}  // namespace effkern::attention
