@@ -159,16 +159,10 @@ EFFKERN_DEVICE void hide_queries(cuda::WarpgroupAccumulator<kQueries>& scores, c
       for (int i = 0; i < 8; ++i) scores.value[j * 4 + i] = -INFINITY;
 }
 
-// The terms (lse, delta) of the two queries of a thread's column block.
-struct ColumnTerms {
-  float lse[2], delta[2];
-};
-
-EFFKERN_DEVICE ColumnTerms column_terms(uint32_t rows, int block) {
-  const int column = block * 8 + cuda::warpgroup_coordinate(cuda::thread_index(), 0, 0).column;
-  const cuda::Vector16 words = cuda::load_shared(rows + column * 8);
-  return {{cuda::as_float(words.words[0]), cuda::as_float(words.words[2])},
-          {cuda::as_float(words.words[1]), cuda::as_float(words.words[3])}};
+// A term of the two queries of a thread's columns in a block of 8.
+EFFKERN_DEVICE cuda::Pair column_terms(uint32_t terms, int block) {
+  return cuda::load_shared_pair(terms +
+                                (block * 8 + cuda::warpgroup_coordinate(cuda::thread_index(), 0, 0).column) * 4);
 }
 
 // One warpgroup.
@@ -225,14 +219,14 @@ struct BackwardSm90KeyConsumer {
     cuda::start_transposed<Element>(grads, memory.values(key_tile), memory.grads(at));
     cuda::wgmma_wait<1>();
     scores.pin_all();
-    const uint32_t rows = memory.rows(at);
 #pragma unroll
     for (int j = 0; j < Shape::kQueries / 8; ++j) {
-      const ColumnTerms terms = column_terms(rows, j);
+      const cuda::Pair lse = column_terms(memory.rows(at), j);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) scores.at(j, half, e) = scores.at(j, half, e) * p.scale_log2 - terms.lse[e];
+      for (int half = 0; half < 2; ++half) {
+        scores.at(j, half, 0) = scores.at(j, half, 0) * p.scale_log2 - lse.low;
+        scores.at(j, half, 1) = scores.at(j, half, 1) * p.scale_log2 - lse.high;
+      }
     }
     if constexpr (kMasked) hide_queries(scores, p, task, head, task.first_key + key_tile * 64, first_query);
 #pragma unroll
@@ -243,11 +237,12 @@ struct BackwardSm90KeyConsumer {
     grads.pin_all();
 #pragma unroll
     for (int j = 0; j < Shape::kQueries / 8; ++j) {
-      const ColumnTerms terms = column_terms(rows, j);
+      const cuda::Pair delta = column_terms(memory.rows(at) + Shape::kQueries * 4, j);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) grads.at(j, half, e) = scores.at(j, half, e) * (grads.at(j, half, e) - terms.delta[e]);
+      for (int half = 0; half < 2; ++half) {
+        grads.at(j, half, 0) = scores.at(j, half, 0) * (grads.at(j, half, 0) - delta.low);
+        grads.at(j, half, 1) = scores.at(j, half, 1) * (grads.at(j, half, 1) - delta.high);
+      }
     }
     cuda::round_to<Element>(slopes, grads);
     cuda::start_product<Element>(grad_k, slopes, columns(memory.queries(at)), true);

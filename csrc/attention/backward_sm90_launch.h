@@ -40,8 +40,8 @@ struct BackwardSm90Params {
   const float* grad_lse;  // null: none
   Strides grad_out_strides, grad_lse_strides;
   float scale, scale_log2;  // with their sign
-  // Workspace: (lse in base 2, delta) of every row, `row_slots` tiles of `row_tile` queries a head. Rows that see
-  // nothing or lie beyond their sequence have (inf, 0): their probabilities become zero.
+  // Workspace: `row_slots` tiles a head, each lse in base 2 of `row_tile` queries and then their delta. Rows that see
+  // nothing or lie beyond their sequence have inf and 0: their probabilities become zero.
   float* rows;
   int row_slots, row_tile;
   float* delta;  // rowsum(grad_out * out) - grad_lse by token
@@ -56,9 +56,9 @@ struct BackwardSm90Choice {
 
 constexpr BackwardSm90Choice choose_backward_sm90(int head_dim, int value_dim) {
   const int widest = at_least(head_dim, value_dim);
-  if (widest <= 64) return {64, 128, 128};
-  if (widest <= 96) return {96, 64, 128};
-  if (widest <= 128) return {128, 64, 96};
+  if (widest <= 64) return {64, 96, 128};
+  if (widest <= 96) return {96, 80, 128};
+  if (widest <= 128) return {128, 64, 128};
   return {256, 64, 64};
 }
 

@@ -2,7 +2,7 @@
 //
 // Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
 //
-// Bound by memory. Written twice: by token, and for the copy engine as pairs in whole tiles a sequence.
+// Bound by memory. Written twice: by token, and for the copy engine in whole tiles a sequence.
 #pragma once
 
 #include <cmath>
@@ -61,9 +61,9 @@ EFFKERN_DEVICE void attention_backward_rows_sm90(const BackwardSm90Params& p) {
       }
       p.delta[row_of(p.delta_strides, batch, head, token)] = delta;
     }
-    float* pair = p.rows + ((int64_t{line} * p.row_slots + slot) * p.row_tile + row) * 2;
-    pair[0] = lse;
-    pair[1] = delta;
+    float* terms = p.rows + (int64_t{line} * p.row_slots + slot) * p.row_tile * 2;
+    terms[row] = lse;
+    terms[p.row_tile + row] = delta;
   }
 }
 

@@ -77,6 +77,17 @@ EFFKERN_DEVICE Vector16 load_shared(uint32_t address) {
   return v;
 }
 
+struct Pair {
+  float low, high;
+};
+
+// Two consecutive floats.
+EFFKERN_DEVICE Pair load_shared_pair(uint32_t address) {
+  Pair pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.low), "=f"(pair.high) : "r"(address) : "memory");
+  return pair;
+}
+
 EFFKERN_DEVICE void store_global(uint16_t* destination, const Vector16& v) {
   *reinterpret_cast<Vector16*>(destination) = v;
 }
@@ -129,10 +140,6 @@ EFFKERN_DEVICE uint32_t pack(float low, float high, Fp16) {
 }
 
 // The two elements of a word as floats.
-struct Pair {
-  float low, high;
-};
-
 EFFKERN_DEVICE Pair unpack(uint32_t word, Bf16) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
@@ -144,8 +151,6 @@ EFFKERN_DEVICE Pair unpack(uint32_t word, Fp16) {
       : "r"(word));
   return pair;
 }
-
-EFFKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // The value of the lane whose index differs by the bits of `mask`.
 EFFKERN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

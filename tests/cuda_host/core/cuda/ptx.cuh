@@ -60,7 +60,6 @@ template <class Element>
 Pair unpack(uint32_t word, Element element) {
   return {widen(static_cast<uint16_t>(word), element), widen(static_cast<uint16_t>(word >> 16), element)};
 }
-inline float as_float(uint32_t bits) { return model::bits_to_float(bits); }
 
 inline int thread_index() { return model::block().thread(); }
 inline int block_index() { return model::block().index; }
@@ -84,6 +83,11 @@ inline Vector16 load_shared(uint32_t address) {
   Vector16 v;
   std::memcpy(&v, model::block().shared(address, 16), 16);
   return v;
+}
+inline Pair load_shared_pair(uint32_t address) {
+  Pair pair;
+  std::memcpy(&pair, model::block().shared(address, 8), 8);
+  return pair;
 }
 inline void store_global(uint16_t* destination, const Vector16& v) {
   if (model::block().check_global(destination)) std::memcpy(destination, &v, 16);
