@@ -88,7 +88,8 @@ EFFKERN_DEVICE Pair load_shared_pair(uint32_t address) {
   return pair;
 }
 
-EFFKERN_DEVICE void store_global(uint16_t* destination, const Vector16& v) {
+template <class T>
+EFFKERN_DEVICE void store_global(T* destination, const Vector16& v) {
   *reinterpret_cast<Vector16*>(destination) = v;
 }
 

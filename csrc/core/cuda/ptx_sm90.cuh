@@ -197,6 +197,7 @@ struct Wgmma;
   };
 #define EFFKERN_WGMMA_TYPES(...) EFFKERN_WGMMA(Bf16, "bf16", __VA_ARGS__) EFFKERN_WGMMA(Fp16, "f16", __VA_ARGS__)
 
+EFFKERN_WGMMA_TYPES(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 EFFKERN_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 EFFKERN_WGMMA_TYPES(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 EFFKERN_WGMMA_TYPES(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")

@@ -89,7 +89,8 @@ inline Pair load_shared_pair(uint32_t address) {
   std::memcpy(&pair, model::block().shared(address, 8), 8);
   return pair;
 }
-inline void store_global(uint16_t* destination, const Vector16& v) {
+template <class T>
+void store_global(T* destination, const Vector16& v) {
   if (model::block().check_global(destination)) std::memcpy(destination, &v, 16);
 }
 

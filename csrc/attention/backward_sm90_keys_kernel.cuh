@@ -3,133 +3,20 @@
 // Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
 //
 // A block keeps a tile of keys and values and walks over the query tiles of all query heads of its group, so that
-// nothing needs atomic additions. One warp copies, two warpgroups compute. Scores are transposed, keys along the rows:
-// probabilities and their gradients stay in registers as left operands of the products that sum up dV and dK. The
-// products with the next queries run under the last ones of a step, the exponentials under dP.
+// these gradients need no atomic additions. One warp copies, two warpgroups compute. Scores are transposed, keys along
+// the rows: probabilities and their gradients stay in registers as left operands of the products that sum up dV and dK.
+// The products with the next queries run under the last ones of a step, the exponentials under dP.
+//
+// With kAddsQueries the block also adds its part of dQ to a workspace, through shared memory and the copy engine, in no
+// particular order. Without, backward_sm90_queries_kernel.cuh computes dQ and every bit repeats.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "attention/backward_sm90_launch.h"
-#include "attention/forward_sm90_kernel.cuh"
+#include "attention/backward_sm90_walk_kernel.cuh"
 
 namespace effkern::attention {
-
-template <class Shape>
-struct BackwardSm90KeyMemory {
-  using KeyTile = cuda::PanelTile<64, Shape::kHeadDim>;  // later the gradients
-  using QueryTile = cuda::PanelTile<Shape::kQueries, Shape::kHeadDim>;
-  using QueryColumns = cuda::PanelTile<Shape::kQueries, Shape::kColumns>;  // those of one part
-  using GradTile = cuda::PanelTile<64, Shape::kColumns>;
-  using QueryRing = cuda::Ring<Shape::kStages>;
-  using KeyRing = cuda::Ring<1>;
-  static constexpr uint32_t kRowBytes = Shape::kQueries * 8;  // of the terms of a tile
-  static constexpr uint32_t kValuesAt = Shape::kKeyTiles * KeyTile::kBytes;
-  static constexpr uint32_t kQueriesAt = 2 * kValuesAt;
-  static constexpr uint32_t kGradsAt = kQueriesAt + Shape::kStages * QueryTile::kBytes;
-  static constexpr uint32_t kRowsAt = kGradsAt + Shape::kStages * QueryTile::kBytes;
-  static constexpr uint32_t kRingsAt = kRowsAt + Shape::kStages * kRowBytes;
-  static constexpr uint32_t kBytes = kRingsAt + 2 * QueryRing::kBytes + KeyRing::kBytes;
-  static constexpr uint32_t kAlignment = 1024;  // of swizzled tiles; the launch asks for that much more
-
-  using Position = cuda::RingPosition<Shape::kStages>;
-  uint32_t start;
-
-  EFFKERN_DEVICE KeyTile keys(int tile) const { return {start + tile * KeyTile::kBytes}; }
-  EFFKERN_DEVICE KeyTile values(int tile) const { return {start + kValuesAt + tile * KeyTile::kBytes}; }
-  EFFKERN_DEVICE QueryTile queries(const Position& at) const {
-    return {start + kQueriesAt + at.stage * QueryTile::kBytes};
-  }
-  EFFKERN_DEVICE QueryTile grads(const Position& at) const { return {start + kGradsAt + at.stage * QueryTile::kBytes}; }
-  EFFKERN_DEVICE uint32_t rows(const Position& at) const { return start + kRowsAt + at.stage * kRowBytes; }
-  EFFKERN_DEVICE QueryRing query_ring() const { return {start + kRingsAt}; }
-  EFFKERN_DEVICE QueryRing grad_ring() const { return {start + kRingsAt + QueryRing::kBytes}; }
-  EFFKERN_DEVICE KeyRing key_ring() const { return {start + kRingsAt + 2 * QueryRing::kBytes}; }
-};
-
-// One key tile.
-struct BackwardSm90KeyTask {
-  int batch, key_head;
-  int query_token, key_token;  // of the sequence's first query and key, in the tensors
-  int first_key, rows;         // of the tile, within the sequence; no rows: nothing to do
-  int tile;
-  int shift, queries;  // query i stands at position i + shift
-  int first_slot;      // of the sequence's row terms
-};
-
-template <class Shape>
-EFFKERN_DEVICE BackwardSm90KeyTask find_key_task(const BackwardSm90Params& p) {
-  const ForwardParams& b = p.call.base;
-  const int key_heads = b.heads / b.group;
-  const Work work =
-      work_of_block(cuda::block_index(), (b.cu_seqlens_k ? 1 : b.sequences) * key_heads, b.slots, b.section_rows);
-  BackwardSm90KeyTask task;
-  task.batch = work.row / key_heads;
-  task.key_head = work.row - task.batch * key_heads;
-  task.tile = b.slots - 1 - work.slot;  // the first keys come first: with a causal mask most queries see them
-  task.first_slot = 0;
-  Span queries{0, b.queries}, keys{0, b.keys};
-  if (b.cu_seqlens_k) {
-    const QueryTile found = tile_of_slot(b.cu_seqlens_k, b.sequences, task.tile, Shape::kKeys);
-    queries = packed_span(b.cu_seqlens_q, found.sequence, b.queries);
-    keys = packed_span(b.cu_seqlens_k, found.sequence, b.keys);
-    task.tile = found.tile;
-    task.first_slot = queries.begin / p.row_tile + found.sequence;
-  }
-  task.query_token = queries.begin;
-  task.key_token = keys.begin;
-  task.first_key = task.tile * Shape::kKeys;
-  task.rows = task.tile < 0 ? 0 : at_least(0, at_most(keys.count - task.first_key, Shape::kKeys));
-  task.queries = queries.count;
-  task.shift = b.top_left ? 0 : keys.count - queries.count;
-  return task;
-}
-
-template <class Shape>
-EFFKERN_DEVICE QuerySteps query_steps_of(const BackwardSm90Params& p, const BackwardSm90KeyTask& task, int head) {
-  const StoredLists& lists = p.call.lists;
-  if (lists.entries) {
-    const int line = (task.batch * lists.batch_lines + head * lists.head_lines) * p.call.base.slots + task.tile;
-    return listed_query_steps(lists.entries + int64_t{line} * lists.most, lists.full[line], lists.total[line]);
-  }
-  return query_steps(window_of(p.call, head), task.first_key, task.first_key + task.rows - 1, task.shift, task.queries,
-                     Shape::kQueries);
-}
-
-// ---- the copying warp -----------------------------------------------------------------------------------------------
-
-template <class Shape>
-EFFKERN_DEVICE void copy_for_keys(const BackwardSm90Params& p, const BackwardSm90KeyMemory<Shape>& memory,
-                                  const BackwardSm90KeyTask& task) {
-  using Memory = BackwardSm90KeyMemory<Shape>;
-  const ForwardParams& b = p.call.base;
-  const typename Memory::KeyRing::Position key_at;
-  memory.key_ring().acquire(key_at, 2 * Memory::kValuesAt);
-  for (int tile = 0; tile < Shape::kKeyTiles; ++tile) {
-    const int token = task.key_token + task.first_key + tile * 64;
-    cuda::bulk_load(memory.keys(tile), p.call.k_map, token, task.key_head, task.batch, memory.key_ring().full(key_at));
-    cuda::bulk_load(memory.values(tile), p.call.v_map, token, task.key_head, task.batch,
-                    memory.key_ring().full(key_at));
-  }
-  typename Memory::Position at;
-  for (int head = task.key_head * b.group; head < (task.key_head + 1) * b.group; ++head) {
-    const QuerySteps steps = query_steps_of<Shape>(p, task, head);
-    const float* rows = p.rows + (int64_t{task.batch} * b.heads + head) * p.row_slots * p.row_tile * 2;
-    for (int step = 0; step < steps.count; ++step) {
-      const int tile = steps.tile(step), token = task.query_token + tile * Shape::kQueries;
-      memory.query_ring().acquire(at, Memory::QueryTile::kBytes + Memory::kRowBytes);
-      cuda::bulk_load(memory.queries(at), p.call.q_map, token, head, task.batch, memory.query_ring().full(at));
-      cuda::bulk_load_bytes(memory.rows(at), rows + (int64_t{task.first_slot} + tile) * Shape::kQueries * 2,
-                            Memory::kRowBytes, memory.query_ring().full(at));
-      memory.grad_ring().acquire(at, Memory::QueryTile::kBytes);
-      cuda::bulk_load(memory.grads(at), p.grad_out_map, token, head, task.batch, memory.grad_ring().full(at));
-      at.advance();
-    }
-  }
-}
-
-// ---- the computing warpgroups ---------------------------------------------------------------------------------------
 
 // Hides the queries that do not see a row's key, of the tile that begins with `first_query`.
 template <int kQueries>
@@ -139,7 +26,8 @@ EFFKERN_DEVICE void hide_queries(cuda::WarpgroupAccumulator<kQueries>& scores, c
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int key = first_row + cuda::warpgroup_coordinate(cuda::thread_index(), half, 0).row;
-    const SeenBy bounds = seen_by(window_of(p.call, head), key, task.shift, task.queries);
+    SeenBy bounds = seen_by(window_of(p.call, head), key, task.shift, task.queries);
+    if (key >= task.first_key + task.rows) bounds.end = bounds.begin;
     const SeenBy here{bounds.begin - first_query - column, bounds.end - first_query - column};
 #pragma unroll
     for (int j = 0; j < kQueries / 8; ++j)
@@ -181,6 +69,9 @@ struct BackwardSm90KeyConsumer {
   cuda::WarpgroupAccumulator<Shape::kQueries> scores, grads;  // S^T then P^T, and dP^T then dS^T
   cuda::WarpgroupFragments<Shape::kQueries / 16> weights, slopes;
   cuda::WarpgroupAccumulator<Shape::kColumns> grad_k, grad_v;
+  cuda::WarpgroupAccumulator<Shape::kHeadDim / 2> grad_q;  // half of the columns of a tile
+  float* grad_q_to;                                        // of the last step
+  int buffer = 0;                                          // of dS^T
 
   EFFKERN_DEVICE BackwardSm90KeyConsumer(const BackwardSm90Params& params, const Memory& shared,
                                          const BackwardSm90KeyTask& key_task, int warpgroup)
@@ -192,6 +83,9 @@ struct BackwardSm90KeyConsumer {
         part(Shape::kColumnParts == 1 ? 0 : warpgroup) {}
 
   EFFKERN_DEVICE void sync_group() const { cuda::named_barrier_sync(kFirstGroup + group, cuda::kWarpgroup); }
+  EFFKERN_DEVICE void sync_all() const {
+    cuda::named_barrier_sync(kAllGroups, Shape::kGroups * cuda::kWarpgroup);
+  }
 
   EFFKERN_DEVICE typename Memory::QueryColumns columns(typename Memory::QueryTile tile) const {
     return {tile.address + part * Memory::QueryColumns::kBytes};
@@ -202,6 +96,16 @@ struct BackwardSm90KeyConsumer {
     const int valid = task.queries - first_query;
     if (p.call.base.cu_seqlens_q == nullptr || valid >= Shape::kQueries) return;
     cuda::clear_rows(tile, valid);
+    cuda::fence_shared_to_engines();
+    sync_group();
+  }
+
+  // Their part of dQ has to be zero.
+  EFFKERN_DEVICE void clear_keys_beyond() const {
+    const int valid = at_least(task.rows - key_tile * 64, 0);
+    if (p.call.base.cu_seqlens_k == nullptr || valid >= 64) return;
+    cuda::clear_rows(memory.keys(key_tile), valid);
+    cuda::clear_rows(memory.values(key_tile), valid);
     cuda::fence_shared_to_engines();
     sync_group();
   }
@@ -246,6 +150,14 @@ struct BackwardSm90KeyConsumer {
     }
     cuda::round_to<Element>(slopes, grads);
     cuda::start_product<Element>(grad_k, slopes, columns(memory.queries(at)), true);
+    if constexpr (Shape::kAddsQueries) {
+      cuda::store_fragments(memory.slopes(key_tile, buffer), slopes);
+      cuda::fence_shared_to_engines();
+      sync_all();  // all of dS^T is there; nobody reads the buffer before this one any more
+      start_query_part();
+      grad_q_to = query_sums(p, task, head, tile) + group * query_part_floats(Shape::kHeadDim);
+      buffer ^= 1;
+    }
     under_way = true;
     last = at;
     at.advance();
@@ -257,15 +169,50 @@ struct BackwardSm90KeyConsumer {
     grad_v.pin_all();
     weights.pin_all();
     slopes.pin_all();
+    if constexpr (Shape::kAddsQueries) grad_q.pin_all();
     if (!under_way) return;
     memory.query_ring().release(last);
     memory.grad_ring().release(last);
+    if constexpr (Shape::kAddsQueries) add_query_part();
+  }
+
+  // dQ = dS K of half of the columns, over all keys of the block.
+  EFFKERN_DEVICE void start_query_part() {
+    grad_q.pin_all();
+    cuda::wgmma_fence();
+#pragma unroll
+    for (int tile = 0; tile < Shape::kKeyTiles; ++tile)
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        cuda::wgmma_shared<1, 1>(grad_q.value, cuda::depth_in_columns(memory.slopes(tile, buffer), step),
+                                 cuda::depth_in_columns(memory.keys(tile), step, group * (Shape::kHeadDim / 2)),
+                                 tile + step > 0, Element{});
+    cuda::wgmma_commit();
+  }
+
+  // Has the copy engine add the last step's part to the workspace, in the order in which threads hold it.
+  EFFKERN_DEVICE void add_query_part() {
+    const int thread = cuda::thread_index() % cuda::kWarpgroup;
+    if (thread == 0) cuda::bulk_wait_read<0>();
+    sync_group();
+    const uint32_t sums = memory.sums(group);
+#pragma unroll
+    for (int j = 0; j < Shape::kHeadDim / 16; ++j)
+      cuda::store_shared(sums + (j * cuda::kWarpgroup + thread) * 16,
+                         std::bit_cast<cuda::Vector16>(grad_q.block_of(j)));
+    cuda::fence_shared_to_engines();
+    sync_group();
+    if (thread == 0) {
+      cuda::bulk_add(grad_q_to, sums, Memory::kPartBytes);
+      cuda::bulk_commit();
+    }
   }
 
   EFFKERN_DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < Shape::kColumns / 2; ++i) grad_k.value[i] = grad_v.value[i] = 0.f;
     memory.key_ring().wait({});
+    if constexpr (Shape::kAddsQueries) clear_keys_beyond();
     const int heads = p.call.base.group;
     for (int head = task.key_head * heads; head < (task.key_head + 1) * heads; ++head) {
       const QuerySteps steps = query_steps_of<Shape>(p, task, head);
@@ -278,11 +225,11 @@ struct BackwardSm90KeyConsumer {
     finish_last();
 #pragma unroll
     for (float& value : grad_k.value) value *= p.scale;
-    if constexpr (Shape::kColumnParts > 1)  // the other warpgroup has read the keys and values too
-      cuda::named_barrier_sync(kAllGroups, Shape::kGroups * cuda::kWarpgroup);
+    if constexpr (Shape::kColumnParts > 1 || Shape::kAddsQueries) sync_all();  // the others have read the keys too
     store(grad_v, memory.values(key_tile), p.grad_v, p.grad_v_strides, p.call.base.value_dim);
     store(grad_k, memory.keys(key_tile), p.grad_k, p.grad_k_strides, p.call.base.head_dim);
     memory.key_ring().release({});
+    if (Shape::kAddsQueries && cuda::thread_index() % cuda::kWarpgroup == 0) cuda::bulk_wait_read<0>();
   }
 
   // Through the memory of the keys or values, from which no product reads any more.
