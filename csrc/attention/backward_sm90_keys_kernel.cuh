@@ -83,9 +83,7 @@ struct BackwardSm90KeyConsumer {
         part(Shape::kColumnParts == 1 ? 0 : warpgroup) {}
 
   EFFKERN_DEVICE void sync_group() const { cuda::named_barrier_sync(kFirstGroup + group, cuda::kWarpgroup); }
-  EFFKERN_DEVICE void sync_all() const {
-    cuda::named_barrier_sync(kAllGroups, Shape::kGroups * cuda::kWarpgroup);
-  }
+  EFFKERN_DEVICE void sync_all() const { cuda::named_barrier_sync(kAllGroups, Shape::kGroups * cuda::kWarpgroup); }
 
   EFFKERN_DEVICE typename Memory::QueryColumns columns(typename Memory::QueryTile tile) const {
     return {tile.address + part * Memory::QueryColumns::kBytes};
@@ -211,6 +209,9 @@ struct BackwardSm90KeyConsumer {
   EFFKERN_DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < Shape::kColumns / 2; ++i) grad_k.value[i] = grad_v.value[i] = 0.f;
+    // Only so that the compiler keeps it in one place from the start: it serialises the products otherwise.
+#pragma unroll
+    for (float& value : grad_q.value) value = 0.f;
     memory.key_ring().wait({});
     if constexpr (Shape::kAddsQueries) clear_keys_beyond();
     const int heads = p.call.base.group;

@@ -73,7 +73,9 @@ constexpr BackwardSm90Choice choose_backward_sm90(int head_dim, int value_dim) {
 }
 
 // The query tile of the variant that adds up dQ; 0: there is none.
-constexpr int adding_queries_sm90(int padded_head_dim) { return padded_head_dim == 64 || padded_head_dim == 128 ? 64 : 0; }
+constexpr int adding_queries_sm90(int padded_head_dim) {
+  return padded_head_dim == 64 || padded_head_dim == 128 ? 64 : 0;
+}
 
 inline void set_scale(BackwardSm90Params& p, double scale) {
   p.scale = static_cast<float>(scale);
@@ -94,8 +96,6 @@ inline int64_t rows_floats(const BackwardSm90Params& p) {
   return int64_t{b.packed() ? 1 : b.sequences} * b.heads * p.row_slots * p.row_tile * 2;
 }
 
-inline int64_t query_sums_floats(const BackwardSm90Params& p) { return rows_floats(p) / 128 * p.query_sums_tile; }
-
 // Gradients of keys and values: sets the schedule and returns the grid, one block a key tile of a key head. A section
 // holds the key heads whose queries and gradients take half of the L2 cache together.
 inline int64_t plan_keys_sm90(BackwardSm90Params& p, int tile_keys, int64_t l2_bytes) {
@@ -103,7 +103,8 @@ inline int64_t plan_keys_sm90(BackwardSm90Params& p, int tile_keys, int64_t l2_b
   const int64_t key_heads = int64_t{b.packed() ? 1 : b.sequences} * (b.heads / b.group);
   b.slots = b.packed() ? packed_slots(b.keys, b.sequences, tile_keys) : (b.keys + tile_keys - 1) / tile_keys;
   const int64_t bytes = int64_t{b.queries} * b.group * (b.head_dim + b.value_dim) * 2;
-  b.section_rows = static_cast<int>(std::min(key_heads, std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(bytes, 1))));
+  b.section_rows =
+      static_cast<int>(std::min(key_heads, std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(bytes, 1))));
   return key_heads * b.slots;
 }
 

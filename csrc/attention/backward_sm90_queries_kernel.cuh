@@ -181,8 +181,9 @@ struct BackwardSm90QueryConsumer {
       const int64_t token = int64_t{task.query_token} + task.first_query + row;
       const ForwardParams& b = p.call.base;
       const float natural =
-          row < task.rows ? b.lse[task.batch * b.lse_strides.batch + task.head * b.lse_strides.head + token * b.lse_strides.token]
-                          : -INFINITY;
+          row < task.rows
+              ? b.lse[task.batch * b.lse_strides.batch + task.head * b.lse_strides.head + token * b.lse_strides.token]
+              : -INFINITY;
       // A row that saw nothing has no probabilities.
       lse[half] = natural == -INFINITY ? INFINITY : natural * 1.44269504f;
       const Strides& s = p.delta_strides;

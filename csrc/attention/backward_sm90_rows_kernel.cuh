@@ -2,7 +2,8 @@
 //
 // Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
 //
-// Bound by memory. Clears the workspace of dQ where there is one. The terms are written twice: by token, and for the copy engine in whole tiles a sequence.
+// Bound by memory. Clears the workspace of dQ where there is one. The terms are written twice: by token, and for the
+// copy engine in whole tiles a sequence.
 #pragma once
 
 #include <cmath>

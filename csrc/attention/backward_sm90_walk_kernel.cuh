@@ -14,7 +14,7 @@ struct BackwardSm90KeyMemory {
   using QueryTile = cuda::PanelTile<Shape::kQueries, Shape::kHeadDim>;
   using QueryColumns = cuda::PanelTile<Shape::kQueries, Shape::kColumns>;  // those of one part
   using GradTile = cuda::PanelTile<64, Shape::kColumns>;
-  using SlopeTile = cuda::PanelTile<64, Shape::kQueries>;  // dS^T of a warpgroup, where dQ is added up
+  using SlopeTile = cuda::PanelTile<64, 64>;  // dS^T of a warpgroup, where dQ is added up
   using QueryRing = cuda::Ring<Shape::kStages>;
   using KeyRing = cuda::Ring<1>;
   static constexpr uint32_t kRowBytes = Shape::kQueries * 8;  // of the terms of a tile
@@ -103,8 +103,8 @@ EFFKERN_DEVICE QuerySteps query_steps_of(const BackwardSm90Params& p, const Back
 
 // Where a query tile of a head is added up.
 EFFKERN_DEVICE float* query_sums(const BackwardSm90Params& p, const BackwardSm90KeyTask& task, int head, int tile) {
-  return p.query_sums + ((int64_t{task.batch} * p.call.base.heads + head) * p.row_slots + task.first_slot + tile) *
-                            p.query_sums_tile;
+  return p.query_sums +
+         ((int64_t{task.batch} * p.call.base.heads + head) * p.row_slots + task.first_slot + tile) * p.query_sums_tile;
 }
 
 // ---- the copying warp -----------------------------------------------------------------------------------------------

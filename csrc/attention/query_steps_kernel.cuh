@@ -41,8 +41,7 @@ struct QuerySteps {
 // are seen to the end: then the first key beyond them is left first.
 constexpr QuerySteps query_steps(const Window& w, int first_key, int last_key, int shift, int queries, int tile) {
   const SeenBy first = seen_by(w, first_key, shift, queries), last = seen_by(w, last_key, shift, queries);
-  const SeenBy left_first =
-      first_key < w.sink && w.sink <= last_key ? seen_by(w, w.sink, shift, queries) : first;
+  const SeenBy left_first = first_key < w.sink && w.sink <= last_key ? seen_by(w, w.sink, shift, queries) : first;
   const int begin = first.begin / tile, all_end = at_least(first.end, last.end);
   const int end = all_end > first.begin ? (all_end + tile - 1) / tile : begin;
   const int whole = at_least((last.begin + tile - 1) / tile, begin), whole_end = at_most(left_first.end / tile, end);

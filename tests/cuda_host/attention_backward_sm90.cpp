@@ -1,7 +1,8 @@
 // Runs the sm_90a attention backward on the software model of a thread block. Called through ctypes.
-#include "attention/backward_sm90_kernel.cuh"
+#include "attention/backward_sm90_keys_kernel.cuh"
 #include "attention/backward_sm90_queries_kernel.cuh"
 #include "attention/backward_sm90_rows_kernel.cuh"
+#include "attention/backward_sm90_sums_kernel.cuh"
 #include "attention_call.h"
 #include "attention_masks.h"
 
@@ -20,6 +21,7 @@ struct Gradients {
 struct Kernels {
   attention::StoredLists by_key;
   int head_dim, queries, keys;
+  int adds;  // dQ is added up by the first of the two
 };
 
 attention::Strides strides(const Tensor& t) { return {t.batch, t.head, t.token}; }
@@ -38,9 +40,20 @@ void run_blocks(int64_t blocks, int threads, uint32_t shared_bytes, unsigned see
   }
 }
 
-template <class Element, int kHeadDim, int kQueries, int kKeys>
+// Memory of 16-byte alignment that a block may touch.
+struct Workspace {
+  std::vector<float> memory;
+  float* begin;
+
+  explicit Workspace(int64_t floats) : memory(floats + 4, NAN) {
+    begin = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16 / 4;
+    allow(begin, floats * 4);
+  }
+};
+
+template <class Element, int kHeadDim, int kQueries, int kKeys, bool kAdds = false>
 void run(const Call& call, const Gradients& grads, const Masks& masks, const Kernels& kernels, BackwardSm90Params p) {
-  using KeyShape = attention::BackwardSm90KeyShape<kHeadDim, kQueries>;
+  using KeyShape = attention::BackwardSm90KeyShape<kHeadDim, kQueries, kAdds>;
   using KeyMemory = attention::BackwardSm90KeyMemory<KeyShape>;
   using QueryShape = attention::BackwardSm90QueryShape<kHeadDim, kKeys>;
   using QueryMemory = attention::BackwardSm90QueryMemory<QueryShape>;
@@ -53,18 +66,23 @@ void run(const Call& call, const Gradients& grads, const Masks& masks, const Ker
     p.call.v_map = map_of(call.v, batch, key_heads, call.keys, call.value_dim, key_rows, columns);
   };
 
-  int64_t blocks = plan_rows_sm90(p, kQueries);
-  std::vector<float> rows(rows_floats(p) + 4, NAN);
-  p.rows = rows.data() + (16 - reinterpret_cast<uintptr_t>(rows.data()) % 16) % 16 / 4;
-  allow(p.rows, rows_floats(p) * 4);
-  run_blocks(blocks, attention::kRowThreads, 16, call.seed, [&] { attention_backward_rows_sm90<Element>(p); });
+  const int64_t tiles = plan_rows_sm90(p, kQueries);
+  Workspace rows(rows_floats(p)), sums(kAdds ? tiles * attention::query_tile_floats(kHeadDim) : 0);
+  p.rows = rows.begin;
+  if (kAdds) p.query_sums = sums.begin, p.query_sums_tile = attention::query_tile_floats(kHeadDim);
+  run_blocks(tiles, attention::kRowThreads, 16, call.seed, [&] { attention_backward_rows_sm90<Element>(p); });
 
   set_maps(kQueries, 64);
   p.call.lists = kernels.by_key;
-  blocks = plan_keys_sm90(p, KeyShape::kKeys, call.l2_bytes);
+  int64_t blocks = plan_keys_sm90(p, KeyShape::kKeys, call.l2_bytes);
   run_blocks(blocks, KeyShape::kThreads, KeyMemory::kBytes + KeyMemory::kAlignment, call.seed + 1000,
              [&] { attention::attention_backward_keys_sm90<Element, KeyShape>(p, 0); });
 
+  if constexpr (kAdds) {
+    run_blocks(tiles, attention::kRowThreads, 16, call.seed,
+               [&] { attention::attention_backward_sums_sm90<Element, kHeadDim>(p); });
+    return;
+  }
   set_maps(64, kKeys);
   p.call.lists = masks.lists;
   plan_queries_sm90(p, QueryShape::kQueries, masks.multiprocessors, call.l2_bytes);
@@ -75,11 +93,14 @@ void run(const Call& call, const Gradients& grads, const Masks& masks, const Ker
 template <class Element>
 void run_for(const Call& call, const Gradients& grads, const Masks& masks, const Kernels& kernels,
              const BackwardSm90Params& p) {
-  const attention::BackwardSm90Choice choice = attention::choose_backward_sm90(call.head_dim, call.value_dim);
+  attention::BackwardSm90Choice choice = attention::choose_backward_sm90(call.head_dim, call.value_dim);
+  if (kernels.adds) choice.queries = attention::adding_queries_sm90(choice.head_dim);
   if (choice.head_dim != kernels.head_dim || choice.queries != kernels.queries || choice.keys != kernels.keys) {
     model::block().error = "the test expects another instance";
     return;
   }
+  if (kernels.adds && choice.head_dim == 64) return run<Element, 64, 64, 128, true>(call, grads, masks, kernels, p);
+  if (kernels.adds) return run<Element, 128, 64, 128, true>(call, grads, masks, kernels, p);
   if (choice.head_dim == 64) return run<Element, 64, 96, 128>(call, grads, masks, kernels, p);
   if (choice.head_dim == 96) return run<Element, 96, 80, 128>(call, grads, masks, kernels, p);
   if (choice.head_dim == 128) return run<Element, 128, 64, 128>(call, grads, masks, kernels, p);

@@ -25,7 +25,10 @@ class Gradients(ctypes.Structure):
 
 
 class Kernels(ctypes.Structure):
-    _fields_ = [("by_key", Lists), *((name, ctypes.c_int) for name in ("head_dim", "queries", "keys"))]
+    _fields_ = [
+        ("by_key", Lists),
+        *((name, ctypes.c_int) for name in ("head_dim", "queries", "keys", "adds")),
+    ]
 
 
 class Given(NamedTuple):
@@ -76,11 +79,14 @@ def _rows(t: Tensor | None) -> Operand:
     return Operand() if t is None else Operand.of(t[..., None])
 
 
-def run_model(model: ctypes.CDLL, case: Case, g: Given) -> Gradient:
+def run_model(model: ctypes.CDLL, case: Case, g: Given, adds: bool = False) -> Gradient:
+    """With `adds` the variant whose first kernel adds up the gradient of q."""
     padded = next(width for width in TILES if max(case.d, case.dv) <= width)
     kept_keys, queries, kept_queries, keys = TILES[padded]
+    if adds:
+        queries = 64
     masks, memory = masks_of(case, padded, kept_queries, keys)
-    kernels = Kernels(head_dim=padded, queries=queries, keys=keys)
+    kernels = Kernels(head_dim=padded, queries=queries, keys=keys, adds=adds)
     if case.lowered().layout is not None:
         kernels.by_key, more = stored_lists(case, queries, kept_keys, by_key=True)
         memory += more
@@ -97,7 +103,9 @@ def run_model(model: ctypes.CDLL, case: Case, g: Given) -> Gradient:
         torch.randint(1 << 31, ()).item(),
     )
     # Gradients of what no sequence holds stay NaN.
-    result = Gradient(*(torch.full_like(t, torch.nan) for t in (g.q, g.k, g.v)), torch.full_like(g.lse, torch.nan))
+    result = Gradient(
+        *(torch.full_like(t, torch.nan) for t in (g.q, g.k, g.v)), torch.full_like(g.lse, torch.nan)
+    )
     grads = Gradients(
         Operand.of(g.grad_out), _rows(g.grad_lse), _rows(result.delta), *(Operand.of(t) for t in result[:3])
     )
@@ -150,9 +158,10 @@ def _composition(case: Case, g: Given) -> Gradient:
     return Gradient(*found, delta if g.grad_lse is None else delta - g.grad_lse)
 
 
-def check(model: ctypes.CDLL, case: Case, with_lse: bool = False) -> None:
+def check(model: ctypes.CDLL, case: Case, with_lse: bool = False, adds: bool = False) -> None:
     g = given(case, with_lse)
-    mine, baseline, oracle = run_model(model, case, g), _composition(case, g), _closed_form(case, g, torch.float64)
+    mine, baseline = run_model(model, case, g, adds), _composition(case, g)
+    oracle = _closed_form(case, g, torch.float64)
     terms = max(1.0, float(oracle.delta.abs().amax())) if oracle.delta.numel() else 1.0
     for name in Gradient._fields:
         # dS is a difference of sums of this size.
@@ -208,6 +217,15 @@ def test_matches_the_oracle(case: Case, model: ctypes.CDLL) -> None:
     check(model, case)
 
 
+# Those whose padded head dimension has a variant that adds up the gradient of q.
+ADDED = [case for case in GRID if not 64 < max(case.d, case.dv) <= 96 and max(case.d, case.dv) <= 128]
+
+
+@pytest.mark.parametrize("case", ADDED, ids=str)
+def test_added_up_gradient_matches_the_oracle(case: Case, model: ctypes.CDLL) -> None:
+    check(model, case, adds=True)
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(hq=2, sq=150, sk=100, causal=True), Case(lengths=PACKED, d=128, dv=128, mask=WINDOW)],
@@ -225,12 +243,12 @@ def test_same_bits_whatever_the_order_of_threads(dim: int, model: ctypes.CDLL) -
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dim", [64, 96, 256])
-def test_neighbouring_sequences_do_not_leak(dim: int, model: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(("dim", "adds"), [(64, False), (96, False), (256, False), (64, True), (128, True)])
+def test_neighbouring_sequences_do_not_leak(dim: int, adds: bool, model: ctypes.CDLL) -> None:
     """NaN in a neighbouring packed sequence stays there, whether it comes before or after."""
     case = Case(lengths=((40, 50), (70, 70), (90, 100)), d=dim, dv=dim)
     g = given(case)
-    clean = run_model(model, case, g)
+    clean = run_model(model, case, g, adds)
     for own in (slice(0, 40), slice(110, 200)):
         for t in (g.q, g.out, g.grad_out):
             t[:, own] = torch.nan
@@ -238,14 +256,20 @@ def test_neighbouring_sequences_do_not_leak(dim: int, model: ctypes.CDLL) -> Non
     for own in (slice(0, 50), slice(120, 220)):
         for t in (g.k, g.v):
             t[:, own] = torch.nan
-    found = run_model(model, case, g)
-    for name, own in (("q", slice(40, 110)), ("k", slice(50, 120)), ("v", slice(50, 120)), ("delta", slice(40, 110))):
+    found = run_model(model, case, g, adds)
+    for name, own in (
+        ("q", slice(40, 110)),
+        ("k", slice(50, 120)),
+        ("v", slice(50, 120)),
+        ("delta", slice(40, 110)),
+    ):
         assert torch.equal(getattr(found, name)[:, own], getattr(clean, name)[:, own]), name
         assert getattr(found, name)[:, own.stop :].isnan().all()
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("offsets", [[0, 500, 140], [-5, 70, 140], [0, 100, 60], [0, 70, 100000]])
-def test_broken_offsets_touch_nothing_outside(offsets: list[int], model: ctypes.CDLL) -> None:
+def test_broken_offsets_touch_nothing_outside(offsets: list[int], adds: bool, model: ctypes.CDLL) -> None:
     """Offsets on a GPU are not read before the launch; the kernels stay inside their tensors all the same."""
 
     class Broken(Case):
@@ -253,7 +277,7 @@ def test_broken_offsets_touch_nothing_outside(offsets: list[int], model: ctypes.
             return torch.tensor(offsets, dtype=torch.int32)
 
     g = given(Case(lengths=((70, 70), (70, 70))))
-    run_model(model, Broken(lengths=((70, 70), (70, 70))), g)  # the model refuses accesses outside
+    run_model(model, Broken(lengths=((70, 70), (70, 70))), g, adds)  # the model refuses accesses outside
 
 
 def test_walk_over_queries_is_the_definition(model: ctypes.CDLL) -> None:
