@@ -60,9 +60,14 @@ STABLE_TORCH_LIBRARY(effkern, m) {
   m.def("attention_backward" ATTENTION_BACKWARD);
   m.def("attention_triton" ATTENTION_FORWARD);
   m.def("attention_triton_backward" ATTENTION_BACKWARD);
+  m.def("attention_cuda" ATTENTION_FORWARD);
   m.def(
-      "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "float? scale=None, bool causal=False, bool top_left=False) -> (Tensor out, Tensor lse)");
+      "attention_cuda_sm80(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? scale, "
+      "bool causal, bool top_left) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_cuda_sm90(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? scale, "
+      "bool top_left, int left, int right, int sink, int group, Tensor? layout, int block, Tensor? entries, "
+      "Tensor? full, Tensor? total) -> (Tensor out, Tensor lse)");
   m.def("attention_decode" ATTENTION_DECODE);
   m.def("attention_decode_triton" ATTENTION_DECODE);
   m.def("attention_merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");

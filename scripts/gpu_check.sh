@@ -94,6 +94,10 @@ sanitize_stage() {
 bench_stage() {
   cd "$site" || return 1
   run "bench${family:+ $family}" "$python" -m effkern.bench --full ${family:+--family "$family"} --out "$out"
+  if [ "${family:-attention}" = attention ]; then  # the CUDA C++ kernels are no automatic choice
+    run "bench attention cuda" "$python" -m effkern.bench --full --family attention --backend triton --backend cuda \
+      --out "$out/cuda"
+  fi
 }
 
 case "$stage" in

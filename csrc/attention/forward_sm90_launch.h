@@ -1,8 +1,6 @@
 // What the launch of the sm_90a forward kernel is described by. No torch, no CUDA runtime.
 #pragma once
 
-#include <vector>
-
 #include "attention/forward_launch.h"
 #include "attention/key_steps_kernel.cuh"
 #include "core/cuda/ptx_sm90.cuh"
@@ -44,28 +42,12 @@ struct ForwardSm90Params {
   int blocks;  // of the grid
 };
 
-// Folds mask terms (mask.h; bands as triples) into the windows of the two halves of the heads. Null, or why not.
-inline const char* fold_masks(ForwardSm90Params& p, const std::vector<int64_t>& bands,
-                              const std::vector<int64_t>& groups) {
-  const auto clamp = [](int64_t end) { return static_cast<int>(std::min<int64_t>(end, kUnbounded)); };
-  Window window;
-  bool bounds_past = false;
-  for (size_t i = 0; i + 2 < bands.size(); i += 3) {
-    const int left = clamp(bands[i]), sink = clamp(bands[i + 2]);
-    if (left < kUnbounded && (window.sink || (bounds_past && sink)))
-      return "with sinks it takes one band that bounds the past";
-    bounds_past |= left < kUnbounded;
-    window.left = std::min(window.left, left);
-    window.right = std::min(window.right, clamp(bands[i + 1]));
-    if (left < kUnbounded) window.sink = sink;
-  }
-  if (p.base.causal) window.right = std::min(window.right, 0);
-  if (groups.size() > 1) return "it takes one size of groups";
-  if (!groups.empty() && window.sink) return "it takes no groups beside sinks";
-  if (!groups.empty()) window.group = clamp(groups[0]);
-  p.window = p.second_half = window;
-  p.second_half.group_shift = window.group / 2;
-  return nullptr;
+// The windows of both halves of the heads, of a mask folded by effkern/ops/_attention_cuda.py. Groups are shifted for
+// the second one.
+inline void set_window(ForwardSm90Params& p, int64_t left, int64_t right, int64_t sink, int64_t group) {
+  const auto clamp = [](int64_t end) { return static_cast<int>(std::clamp<int64_t>(end, -kUnbounded, kUnbounded)); };
+  p.window = p.second_half = {clamp(left), clamp(right), clamp(sink), clamp(group), 0};
+  p.second_half.group_shift = p.window.group / 2;
 }
 
 // Sets the schedule for a device; the grid is p.blocks.

@@ -8,8 +8,7 @@ namespace effkern::attention {
 
 constexpr int kUnbounded = 1 << 30;
 
-// Masks that leave a query one interval of keys, and perhaps the first keys of all. In terms of mask.h: every band and
-// at most one size of groups, provided that a band with sinks is the only one that bounds the past.
+// Masks that leave a query one interval of keys, and perhaps the first keys of all.
 struct Window {
   int left = kUnbounded, right = kUnbounded;  // position p sees p - left .. p + right
   int sink = 0;                               // and of the keys up to p + right the first `sink`

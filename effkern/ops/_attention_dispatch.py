@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkern import _lib, backends
+from effkern import backends
+from effkern.ops import _attention_cuda as cuda_kernels
 from effkern.ops import _attention_gradient as gradient
 from effkern.ops._attention_checks import MAX_HEAD_DIM, check_arguments, check_offsets
 from effkern.ops._attention_cost import backward_formula, forward_formula
@@ -23,7 +24,6 @@ from effkern.ops._dispatch import (
 from effkern.reference import attention as reference
 
 _OPS = torch.ops.effkern
-GEOMETRY = 5  # so many options are geometry, and the only ones that attention_cuda has
 FORWARD, FORWARD_TRITON, FORWARD_CUDA = (
     _OPS.attention.default,
     _OPS.attention_triton.default,
@@ -37,14 +37,6 @@ def cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> st
     if not (1 <= sizes["head_dim"] <= MAX_HEAD_DIM and 1 <= sizes["value_dim"] <= MAX_HEAD_DIM):
         return f"head dims go from 1 to {MAX_HEAD_DIM}, got {sizes['head_dim']} and {sizes['value_dim']}"
     return None
-
-
-def cuda_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-    if _CUDA_MISSING:
-        return f"the CUDA library is not loaded: {_lib.status().cuda.reason}"
-    if sizes.get("extended"):
-        return "it takes no mask besides causal, no bias, softcap, sinks, ALiBi or dropout yet"
-    return cpu_refusal(device, dtype, sizes)
 
 
 def sizes(q: Tensor, v: Tensor, extended: bool) -> dict[str, int]:
@@ -131,13 +123,26 @@ def _triton_backward(
     return launcher.backward(grad_out, grad_lse, q, k, v, out, lse, **o.launch(), bias_grad=bias_grad)
 
 
+def _cuda_kernel_forward(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention_cuda`: the C++ kernel that fits, or a refusal."""
+    o = Options(*options, **named)
+    _check(q, k, v, o)
+    request = cuda_kernels.sizes_of(q, v, o)
+    backends.select("attention", q.device.type, q.dtype, request, "cuda")
+    kernel = cuda_kernels.choose(q.device, q.dtype, request)
+    assert not isinstance(kernel, str), kernel
+    return cuda_kernels.forward(kernel, q, k, v, o)
+
+
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """The key CUDA of `attention`: C++ where it was asked for, else Triton, else the reference."""
     o = Options(*options, **named)
-    name = backends.select("attention", q.device.type, q.dtype, sizes(q, v, o.extended()))
+    name = backends.select("attention", q.device.type, q.dtype, cuda_kernels.sizes_of(q, v, o))
     if name == "reference":
         return run_reference(q, k, v, o)
-    return FORWARD_CUDA(q, k, v, *o[:GEOMETRY]) if name == "cuda" else _triton_forward(q, k, v, *o)
+    return _cuda_kernel_forward(q, k, v, *o) if name == "cuda" else _triton_forward(q, k, v, *o)
 
 
 def _cuda_backward(
@@ -161,11 +166,6 @@ def _cuda_backward(
     return reference.attention_backward(*saved, bias_grad=bias_grad, **o.keywords())
 
 
-def _no_cuda_kernel(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    backends.select("attention", q.device.type, q.dtype, sizes(q, v, False), "cuda")
-    raise AssertionError("unreachable: select refuses")
-
-
 for _op, _backward_op in (
     ("attention", "attention_backward"),
     ("attention_triton", "attention_triton_backward"),
@@ -184,5 +184,4 @@ register_kernel("attention", _cuda_forward, "CUDA")
 register_kernel("attention_backward", _cuda_backward, "CUDA")
 register_kernel("attention_triton", _triton_forward, "CPU", "CUDA")
 register_kernel("attention_triton_backward", _triton_backward, "CPU", "CUDA")
-_CUDA_MISSING = not torch._C._dispatch_has_kernel_for_dispatch_key("effkern::attention_cuda", "CUDA")
-register_kernel("attention_cuda", _no_cuda_kernel, "CPU", *(("CUDA",) if _CUDA_MISSING else ()))
+register_kernel("attention_cuda", _cuda_kernel_forward, "CPU", "CUDA")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effkern import backends
 from effkern.masks import Mask
+from effkern.ops import _attention_cuda as cuda_kernels
 from effkern.ops import registry
 from effkern.ops._attention_checks import check_arguments, check_tensors
 from effkern.ops._attention_cost import attention_bytes, attention_flops
@@ -17,7 +18,6 @@ from effkern.ops._attention_dispatch import (
     FORWARD_CUDA,
     FORWARD_TRITON,
     cpu_refusal,
-    cuda_refusal,
     run_reference,
     sizes,
 )
@@ -54,12 +54,8 @@ def _kernel_for(q: Tensor, v: Tensor, name: str | None, extended: bool) -> Any:
             others = backends.would_work("attention", device, q.dtype, sizes(q, v, extended))
             raise backends.Unavailable("attention", "cpu", reason, others)
         return FORWARD
-    # These two say themselves, when they run, what is in their way; but the CUDA op has no argument for more.
-    if backends.check_name(name) == "triton":
-        return FORWARD_TRITON
-    if extended:
-        backends.select("attention", device, q.dtype, sizes(q, v, extended), name)
-    return FORWARD_CUDA
+    # These two say themselves, when they run, what is in their way.
+    return FORWARD_TRITON if backends.check_name(name) == "triton" else FORWARD_CUDA
 
 
 @overload
@@ -261,11 +257,13 @@ registry.register(
         reference=reference.attention,
         schemas=(
             *("attention", "attention_backward", "attention_triton", "attention_triton_backward"),
-            "attention_cuda",
+            *("attention_cuda", "attention_cuda_sm80", "attention_cuda_sm90"),
         ),
         backends=(
             registry.Backend("cpu", ("cpu",), cpu_refusal),
-            registry.Backend("cuda", ("cuda",), cuda_refusal, note="unverified on hardware", automatic=False),
+            registry.Backend(
+                "cuda", ("cuda",), cuda_kernels.refusal, note="unverified on hardware", automatic=False
+            ),
             registry.Backend("triton", (), triton_refusal("attention"), note="unverified on hardware"),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),

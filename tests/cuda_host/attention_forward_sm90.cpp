@@ -9,10 +9,7 @@ using attention::ForwardSm90Params;
 
 // Masks and schedule of a call, beside what attention_call.h has.
 struct Masks {
-  const int64_t* bands;
-  int64_t band_numbers;
-  const int64_t* groups;
-  int64_t group_count;
+  int64_t left, right, sink, group;
   const uint8_t* layout;
   int64_t layout_batch, layout_head, layout_row;
   int block;
@@ -56,12 +53,12 @@ void run(const Call& call, ForwardSm90Params& p, int multiprocessors) {
 
 template <class Element>
 void run_for(const Call& call, const Masks& masks, ForwardSm90Params& p) {
-  const int instance = masks.head_dim * 1000 + masks.keys;
-  if (instance == 64128) return run<Element, 64, 128>(call, p, masks.multiprocessors);
-  if (instance == 96128) return run<Element, 96, 128>(call, p, masks.multiprocessors);
-  if (instance == 128128) return run<Element, 128, 128>(call, p, masks.multiprocessors);
-  if (instance == 128176) return run<Element, 128, 176>(call, p, masks.multiprocessors);
-  if (instance == 256080) return run<Element, 256, 80>(call, p, masks.multiprocessors);
+  const auto is = [&](int head_dim, int keys) { return masks.head_dim == head_dim && masks.keys == keys; };
+  if (is(64, 128)) return run<Element, 64, 128>(call, p, masks.multiprocessors);
+  if (is(96, 128)) return run<Element, 96, 128>(call, p, masks.multiprocessors);
+  if (is(128, 128)) return run<Element, 128, 128>(call, p, masks.multiprocessors);
+  if (is(128, 176)) return run<Element, 128, 176>(call, p, masks.multiprocessors);
+  if (is(256, 80)) return run<Element, 256, 80>(call, p, masks.multiprocessors);
   model::block().error = "there is no such instance";
 }
 
@@ -71,9 +68,7 @@ void run_for(const Call& call, const Masks& masks, ForwardSm90Params& p) {
 extern "C" const char* model_attention_forward_sm90(const Call* call, const Masks* masks) {
   ForwardSm90Params p{};
   p.base = params_of(*call);
-  const char* refused = fold_masks(p, {masks->bands, masks->bands + masks->band_numbers},
-                                   {masks->groups, masks->groups + masks->group_count});
-  if (refused) return refused;
+  set_window(p, masks->left, masks->right, masks->sink, masks->group);
   p.layout = {masks->layout, masks->layout_batch, masks->layout_head, masks->layout_row, masks->block};
   p.lists = {masks->entries, masks->full, masks->total, masks->batch_lines, masks->head_lines, masks->most};
   if (call->bf16)

@@ -3,6 +3,7 @@
 #include <set>
 #include <vector>
 
+#include "attention/key_steps_kernel.cuh"
 #include "attention/schedule_kernel.cuh"
 #include "core/cuda/tile/mma.cuh"
 
@@ -112,6 +113,51 @@ bool key_tiles_match(int queries, int keys, bool causal, bool top_left, int quer
   return true;
 }
 
+// Steps of windows, sinks and groups against the mask written out: every tile at most once, visited where any pair is
+// visible, unmasked only where all are; the tile that holds the end of the keys comes first if at all.
+bool key_steps_match(const attention::Window& w, int queries, int keys, int shift, int query_tile, int key_tile) {
+  const auto floor_div = [](int a, int b) { return a / b - (a % b != 0 && a < 0); };
+  const auto seen = [&](int i, int j) {
+    const int p = i + shift, group = w.group ? w.group : 1 << 20;
+    const bool together = w.group == 0 || floor_div(p + w.group_shift, group) == floor_div(j + w.group_shift, group);
+    return together && j < keys && j <= p + w.right && (j >= p - w.left || j < w.sink);
+  };
+  for (int first = 0; first < queries; first += query_tile) {
+    const int last = std::min(first + query_tile, queries) - 1;
+    const attention::KeySteps steps = attention::key_steps(attention::seen_keys(w, first + shift, keys),
+                                                           attention::seen_keys(w, last + shift, keys), key_tile);
+    std::set<int> visited, whole;
+    for (int step = 0; step < steps.count; ++step) {
+      const int tile = steps.tile(step);
+      if (tile < 0 || tile * key_tile >= keys || !visited.insert(tile).second) return false;
+      if (step > 0 && (tile + 1) * key_tile > keys) return false;
+      if (step >= steps.whole && step < steps.whole_end) whole.insert(tile);
+    }
+    for (int tile = 0; tile * key_tile < keys; ++tile) {
+      bool any = false, all = true;
+      for (int i = first; i <= last; ++i)
+        for (int j = tile * key_tile; j < (tile + 1) * key_tile; ++j) {
+          if (attention::seen_keys(w, i + shift, keys).sees(j) != seen(i, j)) return false;
+          any |= seen(i, j);
+          all &= seen(i, j);
+        }
+      if ((any && !visited.count(tile)) || (whole.count(tile) && !all)) return false;
+    }
+  }
+  return true;
+}
+
+// A persistent grid takes every task once.
+bool rounds_cover(int blocks, int tasks) {
+  std::set<int64_t> seen;
+  for (int block = 0; block < blocks; ++block)
+    for (int round = 0; round * blocks < tasks; ++round) {
+      const int64_t task = attention::task_of_round(block, blocks, round);
+      if (task < tasks && !seen.insert(task).second) return false;
+    }
+  return seen.size() == size_t(tasks);
+}
+
 template <class... Tiles>
 const char* check_tiles() {
   if (!(swizzle_is_sound<Tiles>() && ...)) return "swizzle";
@@ -142,5 +188,27 @@ extern "C" const char* check_schedule() {
       for (const auto& [causal, top_left] : {std::pair{false, false}, std::pair{true, false}, std::pair{true, true}})
         for (const auto& [query_tile, key_tile] : {std::pair{4, 4}, std::pair{4, 2}, std::pair{3, 5}})
           if (!key_tiles_match(queries, keys, causal, top_left, query_tile, key_tile)) return "key tiles";
+  return nullptr;
+}
+
+extern "C" const char* check_key_steps() {
+  constexpr int kFar = attention::kUnbounded;
+  for (int queries = 1; queries <= 9; queries += 2)
+    for (int keys = 0; keys <= 14; ++keys)
+      for (int shift : {0, keys - queries})
+        for (const auto& [query_tile, key_tile] : {std::pair{4, 4}, std::pair{4, 2}, std::pair{3, 5}})
+          for (int right : {0, 2, -1, kFar})
+            for (int left : {0, 3, 6, kFar})
+              for (const auto& [sink, group] :
+                   {std::pair{0, 0}, std::pair{1, 0}, std::pair{5, 0}, std::pair{0, 1}, std::pair{0, 4}}) {
+                if (sink && left == kFar) continue;
+                for (int half = 0; half < 2; ++half)
+                  if (!key_steps_match({left, right, sink, group, half * (group / 2)}, queries, keys, shift, query_tile,
+                                       key_tile))
+                    return "key steps";
+              }
+  for (int blocks = 1; blocks <= 5; ++blocks)
+    for (int tasks = 0; tasks <= 23; ++tasks)
+      if (!rounds_cover(blocks, tasks)) return "rounds";
   return nullptr;
 }

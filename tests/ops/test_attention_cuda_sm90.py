@@ -11,7 +11,9 @@ from cuda_model import Case, Runner, check, compile_model, require_gpu, run_mode
 from torch import Tensor
 
 from effkern._triton.attention_lists import build
-from effkern.masks import BlockSparse, Lambda, ShiftedGroups, SlidingWindow
+from effkern.masks import BlockSparse, Document, Lambda, Lowered, Mask, ShiftedGroups, SlidingWindow
+from effkern.ops import _attention_cuda as cuda_kernels
+from effkern.ops._attention_options import Options
 
 # Padded head dimension -> (queries, keys) of a tile, full and masked (csrc/attention/forward_sm90_launch.h).
 TILES = {64: (192, 128, 128), 96: (128, 128, 128), 128: (128, 176, 128), 256: (128, 80, 80)}
@@ -19,8 +21,7 @@ TILES = {64: (192, 128, 128), 96: (128, 128, 128), 128: (128, 176, 128), 256: (1
 
 class Masks(ctypes.Structure):
     _fields_ = [
-        *[("bands", ctypes.c_void_p), ("band_numbers", ctypes.c_int64)],
-        *[("groups", ctypes.c_void_p), ("group_count", ctypes.c_int64)],
+        *((name, ctypes.c_int64) for name in ("left", "right", "sink", "group")),
         ("layout", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("layout_batch", "layout_head", "layout_row")),
         ("block", ctypes.c_int),
@@ -40,13 +41,9 @@ def _run_model(model: ctypes.CDLL, case: Case, q: Tensor, k: Tensor, v: Tensor) 
     padded = next(width for width in TILES if max(case.d, case.dv) <= width)
     queries, unmasked, masked = TILES[padded]
     keys = masked if case.causal or case.mask is not None else unmasked
-    bands, groups = (torch.tensor(numbers, dtype=torch.int64) for numbers in (lowered.bands, lowered.groups))
-    fields = dict(
-        bands=bands.data_ptr(),
-        band_numbers=bands.numel(),
-        groups=groups.data_ptr(),
-        group_count=groups.numel(),
-    )
+    window = cuda_kernels.fold(lowered.bands, lowered.groups, case.causal)
+    assert window is not None
+    fields = window._asdict()
     if lowered.layout is not None:
         layout = lowered.layout.contiguous()
         causal = [1 << 30, 0, 0] if case.causal else []
@@ -77,7 +74,7 @@ def _run_model(model: ctypes.CDLL, case: Case, q: Tensor, k: Tensor, v: Tensor) 
 def _run_gpu(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     import effkern
 
-    with effkern.backends.use("cuda"):
+    with effkern.backends.force("cuda"):
         out, lse = effkern.attention(
             *map(to_gpu, (q, k, v)),
             causal=case.causal,
@@ -177,3 +174,45 @@ def test_broken_offsets_read_nothing_outside(offsets: list[int], model: ctypes.C
 
     case = Broken(lengths=((70, 70), (70, 70)))
     _run_model(model, case, *case.tensors())  # the model refuses accesses outside
+
+
+# ---- which kernel serves what -----------------------------------------------------------------------------
+
+
+def _request(mask: Mask | None = None, causal: bool = False, **terms: object) -> dict[str, int]:
+    lowered = Lowered() if mask is None else mask.lower()
+    q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    return cuda_kernels.sizes_of(q, q, Options(causal=causal, **(lowered._asdict() | terms)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "request_", "chosen"),
+    [
+        ((9, 0), _request(causal=True), "sm90"),
+        ((9, 0), _request(Lambda(4, 64), causal=True), "sm90"),
+        ((9, 0), _request(BlockSparse(layout(1, 1, 4, 4), 64) & SlidingWindow(64, 0)), "sm90"),
+        ((8, 0), _request(causal=True), "sm80"),
+        ((12, 0), _request(), "sm80"),
+        ((8, 0), _request(SlidingWindow(64, 0)), "sm80: it takes no bands"),
+        ((7, 5), _request(), "this GPU has 7.5"),
+        ((9, 0), _request(softcap=30.0), "it takes no softcap"),
+        ((9, 0), _request(Lambda(4, 64) & SlidingWindow(9, 9)), "its masks are one window"),
+        ((9, 0), _request(Document(torch.zeros(256, dtype=torch.int64))), "it takes no ids"),
+        ((9, 0), _request() | {"head_dim": 36}, "multiples of 8 up to 256 as head_dim, not 36"),
+    ],
+)
+def test_kernels_say_what_they_can_do(
+    capability: tuple[int, int], request_: dict[str, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    found = cuda_kernels.choose(None, torch.bfloat16, request_)
+    if isinstance(found, str):
+        assert chosen in found
+    else:
+        assert found.name == chosen
+
+
+def test_tile_shapes_of_stored_lists_are_the_kernels() -> None:
+    assert {width: cuda_kernels.tile_shape(width) for width in TILES} == {
+        width: (queries, masked) for width, (queries, _, masked) in TILES.items()
+    }

@@ -1,0 +1,3 @@
+#include "attention/forward_sm90_unit.cuh"
+
+EFFKERN_FORWARD_SM90(Bf16, 96, 128);
