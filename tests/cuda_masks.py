@@ -9,6 +9,7 @@ from cuda_model import Case
 from torch import Tensor
 
 from effkern._triton.attention_lists import build
+from effkern.ops import _attention_cuda as cuda_kernels
 
 
 class Lists(ctypes.Structure):
@@ -20,8 +21,7 @@ class Lists(ctypes.Structure):
 
 class Masks(ctypes.Structure):
     _fields_ = [
-        *[("bands", ctypes.c_void_p), ("band_numbers", ctypes.c_int64)],
-        *[("groups", ctypes.c_void_p), ("group_count", ctypes.c_int64)],
+        *((name, ctypes.c_int64) for name in ("left", "right", "sink", "group")),
         ("layout", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("layout_batch", "layout_head", "layout_row")),
         ("block", ctypes.c_int),
@@ -49,14 +49,10 @@ def stored_lists(case: Case, queries: int, keys: int, by_key: bool) -> tuple[Lis
 def masks_of(case: Case, padded: int, queries: int, keys: int) -> tuple[Masks, list[Tensor]]:
     """Masks of a case, lists by query tile included, and the memory they lie in."""
     lowered = case.lowered()
-    bands, groups = (torch.tensor(numbers, dtype=torch.int64) for numbers in (lowered.bands, lowered.groups))
-    masks = Masks(
-        *(bands.data_ptr(), bands.numel(), groups.data_ptr(), groups.numel()),
-        multiprocessors=case.blocks,
-        head_dim=padded,
-        keys=keys,
-    )
-    memory = [bands, groups]
+    window = cuda_kernels.fold(lowered.bands, lowered.groups, case.causal)
+    assert window is not None
+    masks = Masks(**window._asdict(), multiprocessors=case.blocks, head_dim=padded, keys=keys)
+    memory: list[Tensor] = []
     if lowered.layout is not None:
         layout = lowered.layout.contiguous()
         steps = [step if size > 1 else 0 for size, step in zip(layout.shape, layout.stride(), strict=True)]

@@ -6,10 +6,7 @@
 
 // Masks and schedule of a call, beside what attention_call.h has.
 struct Masks {
-  const int64_t* bands;
-  int64_t band_numbers;
-  const int64_t* groups;
-  int64_t group_count;
+  int64_t left, right, sink, group;
   const uint8_t* layout;
   int64_t layout_batch, layout_head, layout_row;
   int block;
@@ -18,12 +15,10 @@ struct Masks {
   int head_dim, keys;  // the instance
 };
 
-// Null, or why not.
-inline const char* set_masks(effkern::attention::ForwardSm90Params& p, const Masks& masks) {
+inline void set_masks(effkern::attention::ForwardSm90Params& p, const Masks& masks) {
+  set_window(p, masks.left, masks.right, masks.sink, masks.group);
   p.layout = {masks.layout, masks.layout_batch, masks.layout_head, masks.layout_row, masks.block};
   p.lists = masks.lists;
-  return fold_masks(p, {masks.bands, masks.bands + masks.band_numbers},
-                    {masks.groups, masks.groups + masks.group_count});
 }
 
 // As tensor_map.h makes it: an axis of one element, or a packed batch, has size 1.
