@@ -70,7 +70,6 @@ struct BackwardSm90KeyConsumer {
   cuda::WarpgroupFragments<Shape::kQueries / 16> weights, slopes;
   cuda::WarpgroupAccumulator<Shape::kColumns> grad_k, grad_v;
   cuda::WarpgroupAccumulator<Shape::kHeadDim / 2> grad_q;  // half of the columns of a tile
-  float* grad_q_to;                                        // of the last step
   int buffer = 0;                                          // of dS^T
 
   EFFKERN_DEVICE BackwardSm90KeyConsumer(const BackwardSm90Params& params, const Memory& shared,
@@ -147,15 +146,13 @@ struct BackwardSm90KeyConsumer {
       }
     }
     cuda::round_to<Element>(slopes, grads);
-    cuda::start_product<Element>(grad_k, slopes, columns(memory.queries(at)), true);
     if constexpr (Shape::kAddsQueries) {
       cuda::store_fragments(memory.slopes(key_tile, buffer), slopes);
       cuda::fence_shared_to_engines();
-      sync_all();  // all of dS^T is there; nobody reads the buffer before this one any more
-      start_query_part();
-      grad_q_to = query_sums(p, task, head, tile) + group * query_part_floats(Shape::kHeadDim);
-      buffer ^= 1;
     }
+    cuda::start_product<Element>(grad_k, slopes, columns(memory.queries(at)), true);
+    if constexpr (Shape::kAddsQueries)
+      add_query_part(query_sums(p, task, head, tile) + group * query_part_floats(Shape::kHeadDim));
     under_way = true;
     last = at;
     at.advance();
@@ -167,15 +164,17 @@ struct BackwardSm90KeyConsumer {
     grad_v.pin_all();
     weights.pin_all();
     slopes.pin_all();
-    if constexpr (Shape::kAddsQueries) grad_q.pin_all();
     if (!under_way) return;
     memory.query_ring().release(last);
     memory.grad_ring().release(last);
-    if constexpr (Shape::kAddsQueries) add_query_part();
   }
 
-  // dQ = dS K of half of the columns, over all keys of the block.
-  EFFKERN_DEVICE void start_query_part() {
+  // dQ = dS K of half of the columns, over all keys of the block, added to the workspace in the order in which threads
+  // hold it. Waited for at once: under the next step's products the registers do not suffice.
+  EFFKERN_DEVICE void add_query_part(float* destination) {
+    const int thread = cuda::thread_index() % cuda::kWarpgroup;
+    if (thread == 0) cuda::bulk_wait_read<0>();
+    sync_all();  // all of dS^T is there, nobody reads the other buffer any more, and the last part has left
     grad_q.pin_all();
     cuda::wgmma_fence();
 #pragma unroll
@@ -186,13 +185,9 @@ struct BackwardSm90KeyConsumer {
                                  cuda::depth_in_columns(memory.keys(tile), step, group * (Shape::kHeadDim / 2)),
                                  tile + step > 0, Element{});
     cuda::wgmma_commit();
-  }
-
-  // Has the copy engine add the last step's part to the workspace, in the order in which threads hold it.
-  EFFKERN_DEVICE void add_query_part() {
-    const int thread = cuda::thread_index() % cuda::kWarpgroup;
-    if (thread == 0) cuda::bulk_wait_read<0>();
-    sync_group();
+    cuda::wgmma_wait<0>();
+    grad_q.pin_all();
+    buffer ^= 1;
     const uint32_t sums = memory.sums(group);
 #pragma unroll
     for (int j = 0; j < Shape::kHeadDim / 16; ++j)
@@ -201,7 +196,7 @@ struct BackwardSm90KeyConsumer {
     cuda::fence_shared_to_engines();
     sync_group();
     if (thread == 0) {
-      cuda::bulk_add(grad_q_to, sums, Memory::kPartBytes);
+      cuda::bulk_add(destination, sums, Memory::kPartBytes);
       cuda::bulk_commit();
     }
   }
@@ -209,9 +204,6 @@ struct BackwardSm90KeyConsumer {
   EFFKERN_DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < Shape::kColumns / 2; ++i) grad_k.value[i] = grad_v.value[i] = 0.f;
-    // Only so that the compiler keeps it in one place from the start: it serialises the products otherwise.
-#pragma unroll
-    for (float& value : grad_q.value) value = 0.f;
     memory.key_ring().wait({});
     if constexpr (Shape::kAddsQueries) clear_keys_beyond();
     const int heads = p.call.base.group;
