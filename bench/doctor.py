@@ -101,6 +101,10 @@ def show(report: Report) -> None:
         style = "green" if entry["loaded"] else "red" if entry["needed"] else "yellow"
         state = "loaded" if entry["loaded"] else entry["reason"]
         console.print(f"[bold]{'library':<{width}}[/]{entry['name']}: [{style}]{state}[/]")
+    console.print(f"[bold]{'built':<{width}}[/]{_built(report.build)}")
+    for kind, flags in report.build["flags"].items():
+        if flags:
+            console.print(f"{'':<{width}}  [dim]{kind}: {flags}[/]")
     for row in report.choices:
         place = f"{row['op']} on {row['device']}"
         if not row["present"]:
@@ -136,6 +140,12 @@ def _library(entry: _lib.Library, needed: bool) -> dict[str, Any]:
         "reason": entry.reason,
         "needed": needed,
     }
+
+
+def _built(build: dict[str, Any]) -> str:
+    nvcc = f"nvcc {build['nvcc']}" if build["nvcc"] else "no nvcc"
+    source = build["commit"] or "an unknown commit"
+    return f"from {source}, by {build['compiler']} and {nvcc}, with the headers of torch {build['torch']}"
 
 
 def _cuda(images: tuple[str, ...], gpu: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention/tiles.h"
+#include "attention_decode/split_launch.h"
 #include "core/cpu/isa.h"
 #include "core/trace.h"
 #include "long_conv/plan.h"
@@ -95,6 +96,17 @@ py::dict long_conv_plan(int64_t length, int64_t taps, bool causal) {
   return plan;
 }
 
+// What the CUDA C++ kernels of attention_decode support, whether or not this build has them.
+py::dict attention_decode_features() {
+  using effkern::attention_decode::Features;
+  py::dict features;
+  features["capability"] = Features::kMinCapability;
+  features["max_dim"] = Features::kMaxDim;
+  features["dim_step"] = Features::kDimStep;
+  features["max_bands"] = effkern::attention_decode::kMaxBands;
+  return features;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -115,6 +127,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("top_left"), py::arg("query_tile"), py::arg("key_tile"), py::arg("bands") = std::vector<int64_t>{},
         py::arg("groups") = std::vector<int64_t>{},
         "Key tiles each query tile visits: (begin, end, partial), for the first head.");
+  m.def("attention_decode_features", &attention_decode_features,
+        "What the CUDA C++ kernels of attention_decode take: least compute capability times 10, head dims, windows.");
   m.def("long_conv_plan", &long_conv_plan, py::arg("length"), py::arg("taps"), py::arg("causal") = true,
         "How a long convolution of `length` outputs runs on the CPU level in use: the method, and of a transform its "
         "size, "

@@ -70,6 +70,7 @@ STABLE_TORCH_LIBRARY(effkern, m) {
       "Tensor? full, Tensor? total) -> (Tensor out, Tensor lse)");
   m.def("attention_decode" ATTENTION_DECODE);
   m.def("attention_decode_triton" ATTENTION_DECODE);
+  m.def("attention_decode_cuda" ATTENTION_DECODE);
   m.def("attention_merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_merge_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "

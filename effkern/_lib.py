@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +25,15 @@ class Library:
 
 @dataclass(frozen=True)
 class Build:
-    """What the binaries were built with; empty strings where there was nothing."""
+    """What the binaries were built from and with; empty strings where there was nothing."""
 
+    commit: str = ""  # ends in -dirty where it had changes on top
     torch: str = ""
     compiler: str = ""
     nvcc: str = ""
     cuda_images: tuple[str, ...] = ()
+    # By kind: base of every unit, units of every ISA, each ISA, nvcc.
+    flags: dict[str, str] = field(default_factory=dict)
     sanitize: bool = False
     emulate: bool = False
 
@@ -99,10 +102,12 @@ def _build() -> Build:
         return Build()
     facts = json.loads(path.read_text(encoding="utf-8"))
     return Build(
+        commit=facts["commit"],
         torch=facts["torch"],
         compiler=facts["compiler"],
         nvcc=facts["nvcc"],
         cuda_images=tuple(facts["cuda_images"]),
+        flags=facts["flags"],
         sanitize=facts["sanitize"] != "OFF",
         emulate=facts["emulate"] == "ON",
     )

@@ -6,7 +6,8 @@
 #   scripts/gpu_check.sh [OUT] build
 #   scripts/gpu_check.sh [OUT] test             op tests and op contract on the GPU
 #   scripts/gpu_check.sh [OUT] sanitize         compute-sanitizer over the tests marked 'sanitize'
-#   scripts/gpu_check.sh [OUT] bench [FAMILY]   effkern bench --full, of one family or of all
+#   scripts/gpu_check.sh [OUT] bench [FAMILY [BACKEND...]]   effkern bench --full, of one family or of all, with the
+#                                               automatic choice or the backends named
 #
 # OUT (default: bench-out) receives logs and results. A stage that takes longer than 9 minutes is stopped.
 set -uo pipefail
@@ -21,6 +22,7 @@ case "${1:-}" in build | test | sanitize | bench | "") ;; *)
 esac
 stage=${1:-all}
 family=${2:-}
+backends=("${@:3}")
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 
 # The package as it would be installed, so that bench/ and triton_kernels/ are found inside it.
@@ -93,10 +95,11 @@ sanitize_stage() {
 
 bench_stage() {
   cd "$site" || return 1
-  run "bench${family:+ $family}" "$python" -m effkern.bench --full ${family:+--family "$family"} --out "$out"
-  if [ "${family:-attention}" = attention ]; then  # the CUDA C++ kernels are no automatic choice
+  run "bench${family:+ $family}" "$python" -m effkern.bench --full ${family:+--family "$family"} --out "$out" \
+    "${backends[@]/#/--backend=}"
+  if [ -z "$family" ]; then  # kernels that the automatic choice leaves out
     run "bench attention cuda" "$python" -m effkern.bench --full --family attention --backend triton --backend cuda \
-      --out "$out/cuda"
+      --no-end-to-end --out "$out/attention-cuda"
   fi
 }
 
@@ -107,7 +110,7 @@ case "$stage" in
   bench) built && bench_stage ;;
   all) run build bash -c build && { test_stage; sanitize_stage; bench_stage; } ;;
   *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import effkern
 from effkern import _host
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# A level forced from outside is the only one: who asks for it has the others from another run.
+LEVELS = [os.environ["EFFKERN_CPU_ISA"]] if os.environ.get("EFFKERN_CPU_ISA") else _host.isa_levels()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_empty: torch.empty leaves its memory alone in this test")
+    config.addinivalue_line(
+        "markers", "each_level: repeated on every CPU level (set by the fixtures isa, route)"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"isa", "route"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("each_level")
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +74,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=_host.isa_levels())
+@pytest.fixture(params=LEVELS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU level this machine can run, forced for the length of the test."""
+    """Each CPU level this machine can run, or the one of EFFKERN_CPU_ISA, forced for the length of the test."""
     _host.isa_force(request.param)
     yield request.param
     _host.isa_force(None)
@@ -89,7 +101,7 @@ class Route:
         assert last == expected or last.startswith(f"{expected}/"), f"took {last}, not {expected}"
 
 
-_ROUTES = [f"cpu/{level}" for level in _host.isa_levels()]
+_ROUTES = [f"cpu/{level}" for level in LEVELS]
 if torch.cuda.is_available():
     _ROUTES += ["cuda/triton", "cuda/cuda"]
 

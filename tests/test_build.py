@@ -1,4 +1,4 @@
-"""What was built: symbols, wheel, import, kernel sources, CUDA resources."""
+"""What was built: symbols, import, kernel sources, CUDA resources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ from effkern import _lib
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(effkern.__file__).parent
 LIBRARIES = sorted((PACKAGE / "lib").glob("*.so"))
+HOST = _lib.status().host.path
 ISA_UNITS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-MAPPING = {"effkern": "effkern", "bench": "effkern/bench", "triton_kernels": "effkern/_triton"}
+# The newest symbol versions of manylinux_2_28.
+NEWEST = {"GLIBC": Version("2.28"), "GLIBCXX": Version("3.4.24"), "CXXABI": Version("1.3.11")}
 
 needs_plain_build = pytest.mark.skipif(
     _lib.status().build.sanitize or _lib.status().build.emulate, reason="looks at the build that is shipped"
@@ -71,6 +72,37 @@ def test_undefined_symbols(library: Path) -> None:
 def test_exports_only_its_own(library: Path) -> None:
     exported = [name for _, name in nm(library, "-D", "--defined-only", "--extern-only")]
     assert [name for name in exported if not name.startswith("_ZN7effkern")] == []
+
+
+@needs_plain_build
+def test_host_module_exports_its_entry_only() -> None:
+    assert [name for _, name in nm(HOST, "-D", "--defined-only", "--extern-only")] == ["PyInit__host"]
+
+
+@needs_plain_build
+@pytest.mark.parametrize("library", [*LIBRARIES, HOST], ids=names([*LIBRARIES, HOST]))
+def test_runs_on_older_systems(library: Path) -> None:
+    """Whatever built it: csrc/core/portability.cpp defines what is newer than manylinux_2_28."""
+    symbols = [name for _, name in nm(library, "-D", "--undefined-only")]
+    versions = [
+        (name, match[1], Version(match[2]))
+        for name in symbols
+        if (match := re.search(r"@(GLIBC|GLIBCXX|CXXABI)_([\d.]+)$", name))
+    ]
+    assert versions
+    assert [name for name, library, version in versions if version > NEWEST[library]] == []
+
+
+def test_build_says_what_it_is() -> None:
+    build = _lib.status().build
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", build.commit)
+    assert build.commit or not (PACKAGE.parent / ".git").exists()
+    assert re.fullmatch(r"\w+ [\d.]+", build.compiler) and build.torch
+    assert set(build.flags) == {"base", "units", *ISA_UNITS, "nvcc"}
+    assert "-std=c++20" in build.flags["base"] and "-O3" in build.flags["base"]
+    if not build.emulate:
+        assert "-mavx2" in build.flags["avx2"] and "-mamx-tile" in build.flags["amx"]
+    assert bool(build.flags["nvcc"]) == bool(build.nvcc) == bool(build.cuda_images)
 
 
 @needs_plain_build
@@ -177,59 +209,16 @@ def cuda_resources() -> str:
 
 def test_cuda_images() -> None:
     text = cuda_resources()
-    assert set(re.findall(r"elf code:\n=+\narch = (\w+)", text)) == {"sm_80", "sm_90a"}
-    assert set(re.findall(r"ptx code:\n=+\narch = (\w+)", text)) == {"sm_90"}
-    assert _lib.status().build.cuda_images == ("sm_80", "sm_90a", "compute_90")
+    code = set(re.findall(r"elf code:\n=+\narch = (\w+)", text))
+    ptx = set(re.findall(r"ptx code:\n=+\narch = sm_(\w+)", text))
+    assert {"sm_80", "sm_90a"} <= code and ptx
+    assert {*code, *(f"compute_{arch}" for arch in ptx)} == set(_lib.status().build.cuda_images)
 
 
 def test_cuda_kernels_stay_in_registers() -> None:
     kernels = re.findall(r"Function (\w+):\n\s*REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuda_resources())
     assert kernels
     assert [name for name, stack, local in kernels if int(stack) or int(local)] == []
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    steps = {
-        "egg_info": ["--egg-base", str(folder)],
-        "build": ["--build-base", str(folder / "build")],
-        "bdist_wheel": ["--dist-dir", str(folder / "dist"), "--bdist-dir", str(folder / "bdist")],
-    }
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        *(word for step in steps.items() for word in (step[0], *step[1])),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (folder / "dist").glob("*.whl")
-    return zipfile.ZipFile(path).namelist()
-
-
-@needs_plain_build
-def test_wheel_puts_only_effkern_on_the_path(wheel: list[str]) -> None:
-    tops = {name.split("/")[0] for name in wheel}
-    assert {top for top in tops if not re.fullmatch(r"effkern-[\w.]+\.dist-info", top)} == {"effkern"}
-
-
-@needs_plain_build
-def test_wheel_is_complete(wheel: list[str]) -> None:
-    for folder, inside in MAPPING.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            name = f"{inside}/{path.relative_to(ROOT / folder)}"
-            assert name in wheel, f"{name} is missing: is its package listed in pyproject.toml?"
-    built = {f"effkern/lib/{library.name}" for library in LIBRARIES} | {"effkern/lib/build.json"}
-    assert built <= set(wheel)
-    assert [name for name in wheel if name.startswith("effkern/_host.")]
-    assert {"effkern/py.typed", "effkern/_host.pyi"} <= set(wheel)
-
-
-@needs_plain_build
-def test_wheel_has_no_leftovers(wheel: list[str]) -> None:
-    assert [name for name in wheel if re.search(r"\.(cpp|h|cu|cuh|o|a|new|pyc)$", name)] == []
 
 
 ATTENTION = "q = torch.randn(1, 2, 8, 16); print(tuple(effkern.attention(q, q, q, causal=True).shape))"

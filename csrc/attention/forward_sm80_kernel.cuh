@@ -193,10 +193,11 @@ EFFKERN_DEVICE void attention_forward_sm80(const ForwardParams& p, uint32_t shar
       multiply_transposed<Element>(scores, query_tile, key_tile);
       if (tile >= walk.tiles.full) mask_scores(scores, walk.visible, tile * Shape::kKeys);
       online_softmax(scores, state, out, p.scale_log2);
+      const auto weights = round_to_left<Element>(scores);  // before the wait: they take half the registers of scores
       cp_async_wait<0>();
       sync_block();  // values are here; everyone is done with the keys
       if (tile > 0) fetch_keys(shared_walk.load(), tile - 1);
-      multiply<Element>(out, round_to_left<Element>(scores), value_tile);
+      multiply<Element>(out, weights, value_tile);
     }
   }
 

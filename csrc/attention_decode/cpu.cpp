@@ -6,6 +6,7 @@
 
 #include "attention/options.h"
 #include "attention/tiles.h"
+#include "attention_decode/checks.h"
 #include "attention_decode/kernel.h"
 #include "core/buffer.h"
 #include "core/cpu/isa.h"
@@ -17,10 +18,7 @@ namespace effkern::attention_decode {
 namespace {
 
 using attention::Band;
-using attention::check_per_head;
 using attention::KeyRun;
-using attention::ScalarType;
-using attention::Tensor;
 using attention::unit_last_stride;
 
 const Kernels& select_kernels(ScalarType dtype) {
@@ -30,61 +28,6 @@ const Kernels& select_kernels(ScalarType dtype) {
   if (isa_active() == Isa::avx2) return attention_decode::kernels_avx2(kind);
 #endif
   return attention_decode::kernels_scalar(kind);
-}
-
-struct Sizes {
-  int64_t batch, heads_q, heads_kv, queries, head_dim, value_dim, capacity, page, pages;
-  bool paged;
-};
-
-Sizes check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
-                      const std::optional<Tensor>& page_table) {
-  const std::pair<const char*, const Tensor*> tensors[3] = {{"q", &q}, {"k_cache", &k}, {"v_cache", &v}};
-  const ScalarType dtype = q.scalar_type();
-  for (const auto& [name, t] : tensors) {
-    EFFKERN_CHECK(t->dim() == 4, "attention_decode: ", name, " must have 4 dimensions, got shape ", shape_string(*t));
-    EFFKERN_CHECK(t->scalar_type() == dtype, "attention_decode: ", name, " is ", dtype_name(t->scalar_type()),
-                  " but q is ", dtype_name(dtype));
-    EFFKERN_CHECK(t->is_cpu(), "attention_decode: ", name, " is on another device than q");
-  }
-  EFFKERN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                "attention_decode: q and the caches must be float32, bfloat16 or float16, got ", dtype_name(dtype));
-  Sizes s{};
-  s.paged = page_table.has_value();
-  s.batch = q.size(0);
-  s.heads_q = q.size(1);
-  s.heads_kv = k.size(1);
-  s.queries = q.size(2);
-  s.head_dim = q.size(3);
-  s.value_dim = v.size(3);
-  s.page = k.size(2);
-  s.pages = k.size(0);
-  s.capacity = s.page;
-  EFFKERN_CHECK(k.size(3) == s.head_dim, "attention_decode: k_cache has head dim ", k.size(3), ", q has ", s.head_dim);
-  for (const auto& [name, dim] : {std::pair{"q", s.head_dim}, std::pair{"v_cache", s.value_dim}})
-    EFFKERN_CHECK(dim >= 1 && dim <= attention::kMaxHeadDim, "attention_decode: ", name, " has head dim ", dim,
-                  ", expected 1 to ", attention::kMaxHeadDim);
-  for (int64_t axis = 0; axis < 3; ++axis)
-    EFFKERN_CHECK(v.size(axis) == k.size(axis), "attention_decode: v_cache has shape ", shape_string(v),
-                  ", which does not match k_cache's ", shape_string(k));
-  EFFKERN_CHECK(s.heads_kv > 0 ? s.heads_q % s.heads_kv == 0 : s.heads_q == 0, "attention_decode: k_cache has ",
-                s.heads_kv, " heads, which does not divide q's ", s.heads_q);
-  EFFKERN_CHECK(lengths.scalar_type() == ScalarType::Int && lengths.dim() == 1 && lengths.size(0) == s.batch,
-                "attention_decode: cache_seqlens must be int32 of shape (", s.batch, ",), got ",
-                dtype_name(lengths.scalar_type()), " of shape ", shape_string(lengths));
-  EFFKERN_CHECK(lengths.is_cpu(), "attention_decode: cache_seqlens is on another device than q");
-  if (!s.paged) {
-    EFFKERN_CHECK(k.size(0) == s.batch, "attention_decode: k_cache has batch ", k.size(0), ", q has ", s.batch);
-    return s;
-  }
-  EFFKERN_CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
-                    page_table->size(0) == s.batch && page_table->is_cpu(),
-                "attention_decode: page_table must be int32 of shape (", s.batch,
-                ", pages of a sequence) on q's device, "
-                "got ",
-                dtype_name(page_table->scalar_type()), " of shape ", shape_string(*page_table));
-  s.capacity = page_table->size(1) * s.page;
-  return s;
 }
 
 // A sequence of the batch: its mask, and its keys in chunks.
@@ -115,16 +58,7 @@ std::tuple<Tensor, Tensor> decode_cpu(const Tensor& q_in, const Tensor& k_in, co
                                       double softcap, std::optional<Tensor> sink_logits) {
   const Sizes s = check_arguments(q_in, k_in, v_in, cache_seqlens, page_table);
   const std::vector<int64_t> bands = band_list.value_or(std::vector<int64_t>{});
-  EFFKERN_CHECK(bands.size() % 3 == 0, "attention_decode: bands must hold triples (left, right, sink)");
-  EFFKERN_CHECK(softcap >= 0.0 && std::isfinite(static_cast<float>(softcap)),
-                "attention_decode: softcap must be finite and at least 0, got ", softcap);
-  const float factor = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(s.head_dim))));
-  EFFKERN_CHECK(std::isfinite(factor), "attention_decode: scale must be finite in float32, got ", *scale);
-  if (sink_logits) {
-    attention::Geometry g{};
-    g.heads_q = s.heads_q;
-    check_per_head("sink_logits", *sink_logits, g, q_in.scalar_type());
-  }
+  const float factor = check_options(s, q_in, scale, bands, softcap, sink_logits);
   const Kernels& kernels = select_kernels(q_in.scalar_type());
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor lengths = as_contiguous(cache_seqlens);

@@ -75,9 +75,17 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+# Meta tensors, for one, know no autocast. Asked here, because torch 2.11 cannot compile the question.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "privateuseone")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def _autocasts(tensor: Tensor) -> bool:
-    device = tensor.device.type  # meta tensors know no autocast
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device = tensor.device.type
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effkern import backends
+from effkern import _host, _lib, backends
 from effkern.masks import Lowered, Mask
 from effkern.ops import registry
 from effkern.ops._attention_checks import MAX_HEAD_DIM
+from effkern.ops._attention_decode_checks import check_arguments, check_values
 from effkern.ops._attention_decode_samples import bad_samples, calls, samples
 from effkern.ops._dispatch import (
     FAST_DTYPES,
@@ -31,102 +31,6 @@ __all__ = ["attention_decode", "decode_bytes", "decode_flops"]
 _OPS = torch.ops.effkern
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(f"attention_decode: {message}")
-
-
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    page_table: Tensor | None,
-    scale: float | None,
-    bands: Sequence[int] | None,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> None:
-    """What csrc/attention_decode/cpu.cpp checks, but for the values of cache_seqlens and page_table."""
-    for name, optional in (("page_table", page_table), ("sink_logits", sink_logits)):
-        if optional is not None and not isinstance(optional, Tensor):
-            raise TypeError(f"attention_decode: {name} must be a tensor, got {type(optional).__name__}")
-    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _require(t.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
-        _require(t.dtype == q.dtype, f"{name} is {dtype_name(t.dtype)} but q is {dtype_name(q.dtype)}")
-        _require(t.device == q.device, f"{name} is on {t.device}, q is on {q.device}")
-    allowed = (*FAST_DTYPES, torch.float64)
-    _require(
-        q.dtype in allowed,
-        f"q and the caches must be float32, bfloat16 or float16, got {dtype_name(q.dtype)}",
-    )
-    batch, heads = q.shape[:2]
-    _require(k_cache.shape[3] == q.shape[3], f"k_cache has head dim {k_cache.shape[3]}, q has {q.shape[3]}")
-    for name, dim in (("q", q.shape[3]), ("v_cache", v_cache.shape[3])):
-        _require(dim >= 1, f"{name} has head dim {dim}, expected 1 to {MAX_HEAD_DIM}")
-    _require(
-        v_cache.shape[:3] == k_cache.shape[:3],
-        f"v_cache has shape {tuple(v_cache.shape)}, which does not match k_cache's {tuple(k_cache.shape)}",
-    )
-    kv_heads = k_cache.shape[1]
-    divides = heads % kv_heads == 0 if kv_heads > 0 else heads == 0
-    _require(divides, f"k_cache has {kv_heads} heads, which does not divide q's {heads}")
-    _require(
-        cache_seqlens.dtype == torch.int32 and tuple(cache_seqlens.shape) == (batch,),
-        f"cache_seqlens must be int32 of shape ({batch},), got {dtype_name(cache_seqlens.dtype)} of shape "
-        f"{tuple(cache_seqlens.shape)}",
-    )
-    _require(
-        cache_seqlens.device == q.device, f"cache_seqlens is on {cache_seqlens.device}, q is on {q.device}"
-    )
-    if page_table is None:
-        _require(k_cache.shape[0] == batch, f"k_cache has batch {k_cache.shape[0]}, q has {batch}")
-    else:
-        good = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
-        _require(
-            good and page_table.device == q.device,
-            f"page_table must be int32 of shape ({batch}, pages of a sequence) on q's device, got "
-            f"{dtype_name(page_table.dtype)} of shape {tuple(page_table.shape)}",
-        )
-    most = torch.finfo(torch.float32).max
-    if isinstance(scale, float):
-        good = math.isfinite(scale) and abs(scale) <= most
-        _require(good, f"scale must be finite in float32, got {scale}")
-    _require(bands is None or len(bands) % 3 == 0, "bands must hold triples (left, right, sink)")
-    good = math.isfinite(softcap) and 0.0 <= softcap <= most
-    _require(good, f"softcap must be finite and at least 0, got {softcap}")
-    if sink_logits is not None:
-        shape = tuple(sink_logits.shape)
-        if shape != (heads,):
-            raise RuntimeError(
-                f"attention: sink_logits must have shape ({heads},), one number a query head, got {shape}"
-            )
-
-
-def _check_values(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
-    """What a kernel on the CPU finds out for itself."""
-    size = k_cache.shape[2]
-    capacity = size if page_table is None else size * page_table.shape[1]
-    if page_table is not None:
-        # All at once, and one by one only to say which is wrong: there may be thousands of pages.
-        read = torch.arange(page_table.shape[1]) * size < cache_seqlens[:, None]
-        wrong = read & ((page_table < 0) | (page_table >= k_cache.shape[0]))
-        if not wrong.any() and ((cache_seqlens >= 0) & (cache_seqlens <= capacity)).all():
-            return
-    for entry, length in enumerate(cache_seqlens.tolist()):
-        _require(
-            0 <= length <= capacity,
-            f"cache_seqlens[{entry}] is {length}, the cache holds 0 to {capacity}",
-        )
-        if page_table is None:
-            continue
-        for page, number in enumerate(page_table[entry, : -(-length // size)].tolist()):
-            _require(
-                0 <= number < k_cache.shape[0],
-                f"page_table[{entry}, {page}] is {number}, there are {k_cache.shape[0]} pages",
-            )
-
-
 def check_before_writing(
     q: Tensor,
     k_cache: Tensor,
@@ -138,10 +42,10 @@ def check_before_writing(
 ) -> None:
     """Raises what `attention_decode` would, for callers that change the caches first."""
     q, k_cache, v_cache = (t.to(autocast_dtype(t)) for t in (q, k_cache, v_cache))
-    _check(q, k_cache, v_cache, cache_seqlens, page_table, scale, None, softcap, None)
+    check_arguments(q, k_cache, v_cache, cache_seqlens, page_table, scale, None, softcap, None)
     _kernel_for(q, v_cache, backends.forced())
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(k_cache, cache_seqlens, page_table)
+        check_values(k_cache, cache_seqlens, page_table)
 
 
 def _pairs(q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> int:
@@ -209,7 +113,8 @@ def attention_decode(
         softcap: c of c * tanh(s / c), finite and at least 0; 0 is off.
         sink_logits: (Hq,), q's dtype or float32: one more logit a head in the denominator.
         return_lse: also return lse.
-        backend: "cpu", "triton" or "reference"; None leaves the choice to `effkern.backends`.
+        backend: "cpu", "triton", "cuda" (bfloat16 and float16, D and Dv multiples of 8) or "reference"; None leaves the
+            choice to `effkern.backends`.
 
     Returns:
         out (B, Hq, Sq, Dv), contiguous, in q's dtype; with `return_lse` also lse (B, Hq, Sq), natural logarithm,
@@ -225,7 +130,8 @@ def attention_decode(
 
     Numerics:
         Scores and sums in float32. Deterministic: the chunks depend on the shapes alone, so the bits do not depend on
-        the number of threads. Under autocast q and the caches are cast to the autocast dtype.
+        the number of threads ("cuda" also counts the GPU's multiprocessors). Under autocast q and the caches are cast
+        to the autocast dtype.
 
     Cost:
         `decode_flops`, `decode_bytes`: bound by reading the cache.
@@ -250,8 +156,8 @@ def attention_decode(
         backends.check_name(asked)
     options = page_table, scale, list(lowered.bands) or None, float(softcap), sink_logits
     if q.dim() < 4 or v_cache.dim() < 4:
-        _check(q, k_cache, v_cache, cache_seqlens, *options)
-    kernel = _kernel_for(q, v_cache, asked)
+        check_arguments(q, k_cache, v_cache, cache_seqlens, *options)
+    kernel = _kernel_for(q, v_cache, asked, lowered.bands)
     if kernel is not None:
         out, lse = kernel(q, k_cache, v_cache, cache_seqlens, *options)
     else:
@@ -260,13 +166,13 @@ def attention_decode(
     return (out, lse) if return_lse else out
 
 
-def _sizes(q: Tensor, v_cache: Tensor) -> dict[str, int]:
-    return {"head_dim": q.shape[3], "value_dim": v_cache.shape[3]}
+def _sizes(q: Tensor, v_cache: Tensor, bands: Sequence[int] | None) -> dict[str, int]:
+    return {"head_dim": q.shape[3], "value_dim": v_cache.shape[3], "bands": len(bands or ()) // 3}
 
 
-def _kernel_for(q: Tensor, v_cache: Tensor, name: str | None) -> Any:
+def _kernel_for(q: Tensor, v_cache: Tensor, name: str | None, bands: Sequence[int] | None = None) -> Any:
     """The dispatcher op for a request, None for the reference."""
-    device, sizes = q.device.type, _sizes(q, v_cache)
+    device, sizes = q.device.type, _sizes(q, v_cache, bands)
     if name is None:
         if device == "cpu":
             return _OPS.attention_decode.default if _cpu_refusal(device, q.dtype, sizes) is None else None
@@ -274,16 +180,17 @@ def _kernel_for(q: Tensor, v_cache: Tensor, name: str | None) -> Any:
     if name == "reference":
         return None
     backends.select("attention_decode", device, q.dtype, sizes, name)
-    return _OPS.attention_decode_triton.default if name == "triton" else _OPS.attention_decode.default
+    named = {"triton": _OPS.attention_decode_triton, "cuda": _OPS.attention_decode_cuda}
+    return named.get(name, _OPS.attention_decode).default
 
 
 def _run_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k_cache, v_cache, cache_seqlens, *options)
+    check_arguments(q, k_cache, v_cache, cache_seqlens, *options)
     page_table, scale, bands, softcap, sink_logits = options
     if not torch.compiler.is_compiling():
-        _check_values(k_cache, cache_seqlens, page_table)
+        check_values(k_cache, cache_seqlens, page_table)
     backends.record("attention_decode:reference")
     return reference.attention_decode(
         *(q, k_cache, v_cache, cache_seqlens),
@@ -309,7 +216,7 @@ def _fill(
 def _fake(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k_cache, v_cache, cache_seqlens, *_fill(*rest, **named))
+    check_arguments(q, k_cache, v_cache, cache_seqlens, *_fill(*rest, **named))
     rows = q.shape[:-1]
     return q.new_empty((*rows, v_cache.shape[3])), q.new_empty(rows, dtype=torch.float32)
 
@@ -318,8 +225,9 @@ def _triton(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
     options = _fill(*rest, **named)
-    _check(q, k_cache, v_cache, cache_seqlens, *options)
-    backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache), "triton")
+    check_arguments(q, k_cache, v_cache, cache_seqlens, *options)
+    sizes = _sizes(q, v_cache, options[2])
+    backends.select("attention_decode", q.device.type, q.dtype, sizes, "triton")
     from effkern._triton import attention_decode as launcher
 
     backends.record("attention_decode:triton")
@@ -332,10 +240,16 @@ def _triton(
 def _cuda(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    """The key CUDA of `attention_decode`: Triton, else the reference."""
-    name = backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache))
-    run = _run_reference if name == "reference" else _triton
-    return run(q, k_cache, v_cache, cache_seqlens, *_fill(*rest, **named))
+    """The key CUDA of `attention_decode`: C++ where it was asked for, else Triton, else the reference."""
+    options = _fill(*rest, **named)
+    name = backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache, options[2]))
+    runs: dict[str, Any] = {"reference": _run_reference, "cuda": _OPS.attention_decode_cuda.default}
+    return runs.get(name, _triton)(q, k_cache, v_cache, cache_seqlens, *options)
+
+
+def _no_cuda_kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    backends.select("attention_decode", q.device.type, q.dtype, _sizes(q, v_cache, None), "cuda")
+    raise AssertionError("unreachable: select refuses")
 
 
 def _cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
@@ -346,7 +260,25 @@ def _cpu_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> s
     return None
 
 
-for _op in ("attention_decode", "attention_decode_triton"):
+def _cuda_refusal(device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+    """What the kernels declare (csrc/attention_decode/split_launch.h) against a request."""
+    if _CUDA_MISSING:
+        return f"the CUDA library is not loaded: {_lib.status().cuda.reason}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype_name(dtype)}"
+    most, step, dims = _FEATURES["max_dim"], _FEATURES["dim_step"], (sizes["head_dim"], sizes["value_dim"])
+    if not all(1 <= dim <= most and dim % step == 0 for dim in dims):
+        return f"head dims are multiples of {step} up to {most}, got {dims[0]} and {dims[1]}"
+    if sizes.get("bands", 0) > _FEATURES["max_bands"]:
+        return f"it takes masks of up to {_FEATURES['max_bands']} windows, got {sizes['bands']}"
+    major, minor = torch.cuda.get_device_capability()
+    least = _FEATURES["capability"]
+    if 10 * major + minor < least:
+        return f"it needs compute capability {least / 10} or later, not {major}.{minor}"
+    return None
+
+
+for _op in ("attention_decode", "attention_decode_triton", "attention_decode_cuda"):
     torch.library.register_fake(f"effkern::{_op}", _fake)
     register_autocast(_op, 3)
     register_flops(
@@ -357,6 +289,9 @@ for _op in ("attention_decode", "attention_decode_triton"):
     )
 register_kernel("attention_decode", _cuda, "CUDA")
 register_kernel("attention_decode_triton", _triton, "CPU", "CUDA")
+_FEATURES = _host.attention_decode_features()
+_CUDA_MISSING = not torch._C._dispatch_has_kernel_for_dispatch_key("effkern::attention_decode_cuda", "CUDA")
+register_kernel("attention_decode_cuda", _no_cuda_kernel, "CPU", *(("CUDA",) if _CUDA_MISSING else ()))
 
 registry.register(
     registry.OpSpec(
@@ -364,9 +299,12 @@ registry.register(
         family="attention",
         public=attention_decode,
         reference=reference.attention_decode,
-        schemas=("attention_decode", "attention_decode_triton"),
+        schemas=("attention_decode", "attention_decode_triton", "attention_decode_cuda"),
         backends=(
             registry.Backend("cpu", ("cpu",), _cpu_refusal),
+            registry.Backend(
+                "cuda", ("cuda",), _cuda_refusal, note="unverified on hardware", automatic=False
+            ),
             registry.Backend("triton", (), triton_refusal("attention_decode"), note="unverified on hardware"),
             registry.Backend("reference", (), refuse_all_but_floating, note="plain PyTorch"),
         ),

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ring of 2048": dict(shape=(1, 1, 1999, 1500)),
     "largest ring": dict(shape=(1, 2, 4096, 4096)),
     "three passes": dict(shape=(2, 1, 8192, 8192), variants=VARIANTS[::3]),
-    "three passes, not to the end": dict(shape=(1, 2, 9000, 4097), variants=VARIANTS[1:3]),
+    "three passes, not to the end": dict(shape=(1, 1, 9000, 4097), variants=VARIANTS[1:3]),
     "three passes, few taps": dict(shape=(2, 1, 300, 5), ring=(16, 256), variants=VARIANTS[1:3]),
     "three passes, largest rows": dict(shape=(1, 1, 65536, 65536), variants=VARIANTS[:1]),
     "no batch": dict(shape=(0, 2, 20, 20)),
@@ -194,6 +194,8 @@ def check_needs(dtype: torch.dtype, device: str) -> None:
     grad = torch.randn(3, 2, 50).to(inputs.u)
     whole = op(grad, *given)
     for needs in product((True, False), repeat=5):
+        if device == "cpu" and sum(needs) in (2, 3):
+            continue  # the interpreter is slow: none, each alone, all but one, all
         for found, full, need in zip(op(grad, *given, *needs), whole, needs):
             assert found.dtype == dtype
             if need:

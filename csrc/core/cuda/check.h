@@ -9,9 +9,8 @@ namespace effkern::cuda {
 
 inline void check(cudaError_t status, const char* op, const char* call) {
   if (status == cudaSuccess) return;
-  const char* hint = status == cudaErrorNoKernelImageForDevice
-                         ? " (this build holds machine code for sm_80 and sm_90a and PTX for 9.0 and newer)"
-                         : "";
+  const char* hint =
+      status == cudaErrorNoKernelImageForDevice ? " (this build has images for " EFFKERN_CUDA_IMAGES ")" : "";
   EFFKERN_CHECK(false, op, ": ", call, " failed: ", cudaGetErrorString(status), hint);
 }
 

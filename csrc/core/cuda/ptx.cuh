@@ -175,4 +175,23 @@ EFFKERN_DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
+// The lanes of a warp wait for each other and see what each has written to shared memory.
+EFFKERN_DEVICE void sync_warp() { __syncwarp(); }
+
+// The value of another lane.
+EFFKERN_DEVICE int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// The same pointer, which the compiler has to keep: it would otherwise put it together anew at every use.
+EFFKERN_DEVICE const char* opaque(const char* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// One bit a lane.
+EFFKERN_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+
+EFFKERN_DEVICE void store_shared(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
 }  // namespace effkern::cuda

@@ -48,8 +48,6 @@ EFFKERN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-EFFKERN_DEVICE void sync_warp() { __syncwarp(); }
-
 // ---- named barriers: some threads of the block, in multiples of a warp ----------------------------------------------
 
 EFFKERN_DEVICE void named_barrier_sync(int name, int threads) {

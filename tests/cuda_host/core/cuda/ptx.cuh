@@ -183,4 +183,45 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
+struct Meeting {};
+inline void meet(const std::array<Meeting*, 32>&) {}
+inline void sync_warp() {
+  Meeting mine;
+  model::block().warp_wide(mine, meet);
+}
+
+struct IndexedShuffle {
+  int value, result, lane;
+};
+inline void gather(const std::array<IndexedShuffle*, 32>& lanes) {
+  for (IndexedShuffle* lane : lanes) lane->result = lanes[lane->lane & 31]->value;
+}
+inline int shuffle(int value, int lane) {
+  IndexedShuffle mine{value, 0, lane};
+  model::block().warp_wide(mine, gather);
+  return mine.result;
+}
+
+inline const char* opaque(const char* pointer) { return pointer; }
+
+struct Vote {
+  bool vote;
+  uint32_t result;
+};
+inline void count_votes(const std::array<Vote*, 32>& lanes) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= uint32_t{lanes[lane]->vote} << lane;
+  for (Vote* lane : lanes) lane->result = bits;
+}
+inline uint32_t ballot(bool vote) {
+  Vote mine{vote, 0};
+  model::block().warp_wide(mine, count_votes);
+  return mine.result;
+}
+
+inline void store_shared(uint32_t address, float first, float second) {
+  const float pair[2] = {first, second};
+  std::memcpy(model::block().shared(address, 8), pair, 8);
+}
+
 }  // namespace effkern::cuda

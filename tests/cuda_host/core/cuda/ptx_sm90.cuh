@@ -24,13 +24,6 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-struct WarpMeeting {};
-inline void meet(const std::array<WarpMeeting*, 32>&) {}
-inline void sync_warp() {
-  WarpMeeting mine;
-  model::block().warp_wide(mine, meet);
-}
-
 inline void barrier_init(uint32_t barrier, int arrivals) { model::hopper().init(barrier, arrivals); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) { model::hopper().arrive(barrier, 0); }
@@ -127,19 +120,19 @@ void take_registers() {}
 inline void pin(float&) {}
 inline void pin(uint32_t&) {}
 
-inline void commit_for_warp(const std::array<WarpMeeting*, 32>&) { model::hopper().commit_products(); }
+inline void commit_for_warp(const std::array<Meeting*, 32>&) { model::hopper().commit_products(); }
 template <int kPending>
-void wait_for_warp(const std::array<WarpMeeting*, 32>&) {
+void wait_for_warp(const std::array<Meeting*, 32>&) {
   model::hopper().wait_products(kPending);
 }
 inline void wgmma_fence() { model::hopper().warp().fenced = true; }
 inline void wgmma_commit() {
-  WarpMeeting mine;
+  Meeting mine;
   model::block().warp_wide(mine, commit_for_warp);
 }
 template <int kPending>
 void wgmma_wait() {
-  WarpMeeting mine;
+  Meeting mine;
   model::block().warp_wide(mine, wait_for_warp<kPending>);
 }
 
