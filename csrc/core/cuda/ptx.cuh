@@ -77,9 +77,23 @@ EFFKERN_DEVICE Vector16 load_shared(uint32_t address) {
   return v;
 }
 
-EFFKERN_DEVICE void store_global(uint16_t* destination, const Vector16& v) {
+struct Pair {
+  float low, high;
+};
+
+// Two consecutive floats.
+EFFKERN_DEVICE Pair load_shared_pair(uint32_t address) {
+  Pair pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.low), "=f"(pair.high) : "r"(address) : "memory");
+  return pair;
+}
+
+template <class T>
+EFFKERN_DEVICE void store_global(T* destination, const Vector16& v) {
   *reinterpret_cast<Vector16*>(destination) = v;
 }
+
+EFFKERN_DEVICE Vector16 load_global(const uint16_t* source) { return *reinterpret_cast<const Vector16*>(source); }
 
 // Four 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of the rows of matrix i; lane l receives
 // elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 of each.
@@ -124,6 +138,19 @@ EFFKERN_DEVICE uint32_t pack(float low, float high, Fp16) {
   uint32_t word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// The two elements of a word as floats.
+EFFKERN_DEVICE Pair unpack(uint32_t word, Bf16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+EFFKERN_DEVICE Pair unpack(uint32_t word, Fp16) {
+  Pair pair;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(pair.low), "=f"(pair.high)
+      : "r"(word));
+  return pair;
 }
 
 // The value of the lane whose index differs by the bits of `mask`.

@@ -78,7 +78,15 @@ EFFKERN_DEVICE void bulk_load_4d(uint32_t destination, const TensorMap* map, int
       : "memory");
 }
 
-// The other way; what lies outside the tensor is not written.
+// Consecutive bytes. Addresses and `bytes` are multiples of 16.
+EFFKERN_DEVICE void bulk_load_bytes(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// From a tile to a tensor; what lies outside the tensor is not written.
 EFFKERN_DEVICE void bulk_store_4d(const TensorMap* map, int column, int row, int head, int batch, uint32_t source) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
                "r"(source), "r"(column), "r"(row), "r"(head), "r"(batch)
@@ -187,6 +195,7 @@ struct Wgmma;
   };
 #define EFFKERN_WGMMA_TYPES(...) EFFKERN_WGMMA(Bf16, "bf16", __VA_ARGS__) EFFKERN_WGMMA(Fp16, "f16", __VA_ARGS__)
 
+EFFKERN_WGMMA_TYPES(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 EFFKERN_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 EFFKERN_WGMMA_TYPES(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 EFFKERN_WGMMA_TYPES(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")

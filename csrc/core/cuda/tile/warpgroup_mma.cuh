@@ -17,6 +17,12 @@ struct WarpgroupAccumulator {
 
   EFFKERN_DEVICE float& at(int block, int half, int e) { return value[block * 4 + half * 2 + e]; }
   EFFKERN_DEVICE float at(int block, int half, int e) const { return value[block * 4 + half * 2 + e]; }
+  struct Block {
+    float value[4];
+  };
+  EFFKERN_DEVICE Block block_of(int block) const {
+    return {value[block * 4], value[block * 4 + 1], value[block * 4 + 2], value[block * 4 + 3]};
+  }
   EFFKERN_DEVICE void pin_all() {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) pin(value[i]);
@@ -59,11 +65,12 @@ EFFKERN_DEVICE uint64_t depth_in_rows(Tile tile, int step) {
   return matrix_descriptor(start, 16, 8 * Tile::kRowBytes, Tile::kSwizzle);
 }
 
-// The same where the depth counts the rows of the tile (v in p v).
+// The same where the depth counts the rows of the tile (v in p v), from column `first` on.
 template <class Tile>
-EFFKERN_DEVICE uint64_t depth_in_columns(Tile tile, int step) {
-  return matrix_descriptor(tile.address + step * 16 * Tile::kRowBytes, Tile::kPanelBytes, 8 * Tile::kRowBytes,
-                           Tile::kSwizzle);
+EFFKERN_DEVICE uint64_t depth_in_columns(Tile tile, int step, int first = 0) {
+  const uint32_t start = tile.address + first / Tile::kPanelColumns * Tile::kPanelBytes +
+                         first % Tile::kPanelColumns * 2 + step * 16 * Tile::kRowBytes;
+  return matrix_descriptor(start, Tile::kPanelBytes, 8 * Tile::kRowBytes, Tile::kSwizzle);
 }
 
 // Starts c = a b^T, the depth being the columns of both; commits it as one group.
@@ -89,6 +96,19 @@ EFFKERN_DEVICE void start_product(WarpgroupAccumulator<RightTile::kColumns>& c,
   for (int step = 0; step < RightTile::kRows / 16; ++step)
     wgmma_registers<1>(c.value, a.block[step], depth_in_columns(b, step), accumulate || step > 0, Element{});
   wgmma_commit();
+}
+
+// Writes fragments as the 64 rows of a tile.
+template <class Tile>
+EFFKERN_DEVICE void store_fragments(Tile tile, const WarpgroupFragments<Tile::kColumns / 16>& fragments) {
+  static_assert(Tile::kRows == 64);
+#pragma unroll
+  for (int j = 0; j < Tile::kColumns / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Coordinate own = warpgroup_coordinate(thread_index(), half, 0);
+      store_shared(tile.address + Tile::offset(own.row, j) + own.column * 2, fragments.block[j / 2][j % 2 * 2 + half]);
+    }
 }
 
 // Writes the 64 rows rounded to 16 bits. Each quad of lanes fills a 16-byte chunk.

@@ -53,6 +53,14 @@ uint32_t pack(float low, float high, Element element) {
   return round_bits(low, element) | uint32_t{round_bits(high, element)} << 16;
 }
 
+struct Pair {
+  float low, high;
+};
+template <class Element>
+Pair unpack(uint32_t word, Element element) {
+  return {widen(static_cast<uint16_t>(word), element), widen(static_cast<uint16_t>(word >> 16), element)};
+}
+
 inline int thread_index() { return model::block().thread(); }
 inline int block_index() { return model::block().index; }
 inline void sync_block() { model::block().barrier(); }
@@ -76,8 +84,20 @@ inline Vector16 load_shared(uint32_t address) {
   std::memcpy(&v, model::block().shared(address, 16), 16);
   return v;
 }
-inline void store_global(uint16_t* destination, const Vector16& v) {
+inline Pair load_shared_pair(uint32_t address) {
+  Pair pair;
+  std::memcpy(&pair, model::block().shared(address, 8), 8);
+  return pair;
+}
+template <class T>
+void store_global(T* destination, const Vector16& v) {
   if (model::block().check_global(destination)) std::memcpy(destination, &v, 16);
+}
+
+inline Vector16 load_global(const uint16_t* source) {
+  Vector16 v{};
+  if (model::block().check_global(source)) std::memcpy(&v, source, 16);
+  return v;
 }
 
 struct MatrixLoad {

@@ -74,6 +74,17 @@ inline void bulk_load_4d(uint32_t destination, const TensorMap* map, int column,
   });
 }
 
+inline void bulk_load_bytes(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  const char* global = static_cast<const char*>(source);
+  for (uint32_t at = 0; at < bytes; at += 16) std::memset(model::block().shared(destination + at, 16), 0xff, 16);
+  model::block().start_work([=] {
+    for (uint32_t at = 0; at < bytes; at += 16)
+      if (model::block().check_global(global + at))
+        std::memcpy(model::block().shared(destination + at, 16), global + at, 16);
+    model::hopper().landed(barrier, bytes);
+  });
+}
+
 inline void bulk_store_4d(const TensorMap* map, int column, int row, int head, int batch, uint32_t source) {
   model::hopper().start_store([=] {
     visit_box(*map, source, {column, row, head, batch}, [](uint32_t shared, char* global) {
