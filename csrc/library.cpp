@@ -68,6 +68,13 @@ STABLE_TORCH_LIBRARY(effkern, m) {
       "attention_cuda_sm90(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? scale, "
       "bool top_left, int left, int right, int sink, int group, Tensor? layout, int block, Tensor? entries, "
       "Tensor? full, Tensor? total) -> (Tensor out, Tensor lse)");
+  m.def("attention_cuda_backward" ATTENTION_BACKWARD);
+  m.def(
+      "attention_cuda_sm90_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? scale, bool top_left, int left, int right, "
+      "int sink, int group, Tensor? layout, int block, Tensor? entries, Tensor? full, Tensor? total, "
+      "Tensor? key_entries, Tensor? key_full, Tensor? key_total, bool deterministic) -> (Tensor grad_q, "
+      "Tensor grad_k, Tensor grad_v, Tensor delta)");
   m.def("attention_decode" ATTENTION_DECODE);
   m.def("attention_decode_triton" ATTENTION_DECODE);
   m.def("attention_decode_cuda" ATTENTION_DECODE);

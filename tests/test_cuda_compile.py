@@ -25,6 +25,8 @@ FORWARD = [(e, d, dv) for e in ELEMENTS for d in (64, 128) for dv in (64, 128)]
 FORWARD_SM90 = [
     (e, *shape) for e in ELEMENTS for shape in ((64, 128), (96, 128), (128, 128), (128, 176), (256, 80))
 ]
+# Padded head dimension -> queries a tile of the kernel that walks over queries, keys a tile of the other one.
+BACKWARD_SM90 = {64: (96, 128), 96: (80, 128), 128: (64, 128), 256: (64, 64)}
 MEGABYTES = 3  # an image; every unit costs disk and the start of a process
 
 if not LIBRARY.exists():
@@ -116,28 +118,55 @@ def test_forward_instructions(arch: str, element: str, head_dim: int, value_dim:
     assert count["BAR"] > 0 and count["MUFU"] >= 2 * 2 * 16
 
 
+def _sm90_counts(kernel: str, template: str) -> tuple[Counter[str], int]:
+    """Operations of an sm_90a kernel, and its waits for products."""
+    name = _name(kernel, template)
+    assert [arch for arch, other in _resources() if other == name] == ["sm_90a"]
+    text = _sections(_dump("-sass"), r"Function : (\S+)")["sm_90a", name]
+    return _instructions()["sm_90a", name], text.count("WARPGROUP.DEPBAR")
+
+
 @pytest.mark.parametrize(("element", "head_dim", "keys"), FORWARD_SM90)
 def test_forward_instructions_sm90(element: str, head_dim: int, keys: int) -> None:
     """Warpgroup products fed by the copy engine. Only the waits that the source has: where the compiler does not follow
     the asynchronous use of registers it serialises products, and waits for each of them."""
-    name = _name(
-        "attention_forward_sm90_kernel",
-        f"4cuda4{element}ENS0_16ForwardSm90ShapeILi{head_dim}ELi{keys}E",
-    )
-    assert [arch for arch, other in _resources() if other == name] == ["sm_90a"]
-    count, text = (
-        _instructions()["sm_90a", name],
-        _sections(_dump("-sass"), r"Function : (\S+)")["sm_90a", name],
+    count, waits = _sm90_counts(
+        "attention_forward_sm90_kernel", f"4cuda4{element}ENS0_16ForwardSm90ShapeILi{head_dim}ELi{keys}E"
     )
     with_keys, with_values = head_dim // 16, keys // 16
     # The first step with and without a mask, the loop with, without and with, and the last values.
     assert count["HGMMA"] == 2 * with_keys + 3 * (with_keys + with_values) + with_values
-    assert text.count("WARPGROUP.DEPBAR") == 2 + 3 * 2 + 1
+    assert waits == 2 + 3 * 2 + 1
     assert count["UTMALDG"] >= 3 * (head_dim // 64) and count["UTMASTG"] >= 1
     assert count["USETMAXREG"] == 2
     assert count["HMMA"] == count["LDSM"] == count["LDGSTS"] == 0
-    groups = 3 if head_dim == 64 else 2
-    assert _resources()["sm_90a", name]["REG"] <= 65536 // (128 * (groups + 1))
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("head_dim", BACKWARD_SM90)
+@pytest.mark.parametrize("adds", [False, True], ids=["", "adds dQ"])
+def test_backward_instructions_sm90(element: str, head_dim: int, adds: bool) -> None:
+    """As in the forward; each loop is there three times, with a mask, without and with."""
+    queries, keys = BACKWARD_SM90[head_dim]
+    if adds and head_dim not in (64, 128):
+        pytest.skip("there is no kernel that adds dQ up for this head dimension")
+    queries = 64 if adds else queries
+    count, waits = _sm90_counts(
+        "attention_backward_keys_sm90_kernel",
+        f"4cuda4{element}ENS0_20BackwardSm90KeyShapeILi{head_dim}ELi{queries}ELb{adds:d}E",
+    )
+    adding = 8 if adds else 0
+    assert count["HGMMA"] == 3 * (2 * head_dim // 16 + 2 * queries // 16 + adding)
+    assert waits == (13 if adds else 10) and count["USETMAXREG"] == 2
+    assert count["UTMALDG"] > 0 and count["UBLKRED"] == (3 if adds else 0)
+    if adds:
+        return
+    count, waits = _sm90_counts(
+        "attention_backward_queries_sm90_kernel",
+        f"4cuda4{element}ENS0_22BackwardSm90QueryShapeILi{head_dim}ELi{keys}E",
+    )
+    assert count["HGMMA"] == 3 * (2 * head_dim // 16 + keys // 16)
+    assert waits == 10 and count["USETMAXREG"] == 2 and count["UTMALDG"] > 0
 
 
 def test_size_of_the_library() -> None:

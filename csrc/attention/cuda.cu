@@ -46,17 +46,18 @@ void launch_for(ForwardParams& p, int device, cudaStream_t stream) {
 std::tuple<Tensor, Tensor> attention_cuda_sm80(const Tensor& q, const Tensor& k, const Tensor& v,
                                                std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
                                                std::optional<double> scale, bool causal, bool top_left) {
-  ForwardCall call(kOp, 128, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left);
+  CudaCall call(kOp, 128, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, top_left);
   const int major = cuda::device_attribute(cudaDevAttrComputeCapabilityMajor, call.device, kOp);
   EFFKERN_CHECK(major >= 8, kOp, ": needs a GPU of compute capability 8.0 or newer, this one has ", major, ".x");
+  call.make_results();
   trace_record("attention:cuda/sm80");
-  if (call.empty()) return call.result();
+  if (call.empty()) return call.results();
   const cudaStream_t stream = cuda::current_stream(call.device, kOp);
   if (call.bf16)
     launch_for<cuda::Bf16>(call.params, call.device, stream);
   else
     launch_for<cuda::Fp16>(call.params, call.device, stream);
-  return call.result();
+  return call.results();
 }
 
 }  // namespace

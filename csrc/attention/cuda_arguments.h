@@ -28,8 +28,8 @@ inline const uint16_t* aligned_rows(const char* op, const Tensor& t, const char*
   return reinterpret_cast<const uint16_t*>(address);
 }
 
-// A call of a forward kernel: makes the outputs and keeps alive what the launch reads.
-struct ForwardCall {
+// A call of a kernel: what of its parameters comes from the arguments. Keeps alive what the launch reads.
+struct CudaCall {
   Geometry geometry;
   int device;
   torch::stable::accelerator::DeviceGuard guard;
@@ -37,9 +37,9 @@ struct ForwardCall {
   ForwardParams params{};
   bool bf16;
 
-  ForwardCall(const char* op, int max_dim, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-              std::optional<double> scale, bool causal, bool top_left)
+  CudaCall(const char* op, int max_dim, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+           const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+           std::optional<double> scale, bool causal, bool top_left)
       : geometry(check_arguments(q_in, k_in, v_in, cu_seqlens_q, cu_seqlens_k, scale)),
         device(q_in.get_device_index()),
         guard(device),
@@ -58,10 +58,6 @@ struct ForwardCall {
     q = unit_last_stride(q_in);
     k = unit_last_stride(k_in);
     v = unit_last_stride(v_in);
-    const std::vector<int64_t> out_shape = g.output_shape(), lse_shape = g.lse_shape();
-    out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
-    lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
-
     ForwardParams& p = params;
     p.q_strides = strides_of(q, g.packed);
     p.k_strides = strides_of(k, g.packed);
@@ -71,8 +67,6 @@ struct ForwardCall {
     p.q = aligned_rows(op, q, "q", p.q_strides);
     p.k = aligned_rows(op, k, "k", p.k_strides);
     p.v = aligned_rows(op, v, "v", p.v_strides);
-    p.out = static_cast<uint16_t*>(out.mutable_data_ptr());
-    p.lse = static_cast<float*>(lse.mutable_data_ptr());
     p.sequences = static_cast<int>(g.batch);
     p.heads = static_cast<int>(g.heads_q);
     p.group = static_cast<int>(g.heads_kv > 0 ? g.group() : 1);
@@ -94,8 +88,22 @@ struct ForwardCall {
                   ", got no sequence");
   }
 
-  bool empty() const { return lse.numel() == 0; }
-  std::tuple<Tensor, Tensor> result() const { return {out, lse}; }
+  // No query at all.
+  bool empty() const { return geometry.batch * geometry.heads_q * geometry.queries == 0; }
+
+  // The results: new ones of a forward, contiguous ones that a backward was given.
+  void set_results(const Tensor& given_out, const Tensor& given_lse) {
+    out = given_out;
+    lse = given_lse;
+    params.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+    params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  }
+  void make_results() {
+    const std::vector<int64_t> out_shape = geometry.output_shape(), lse_shape = geometry.lse_shape();
+    set_results(torch::stable::new_empty(q, {out_shape.data(), out_shape.size()}),
+                torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float));
+  }
+  std::tuple<Tensor, Tensor> results() const { return {out, lse}; }
 };
 
 }  // namespace effkern::attention

@@ -26,6 +26,7 @@ class Kernel:
     newest: tuple[int, int]
     widest: int  # head dimension
     terms: frozenset[str] = frozenset()
+    backward: bool = False  # whether there is one beside the forward
 
     def refusal(
         self, capability: tuple[int, int], dtype: torch.dtype, sizes: Mapping[str, int]
@@ -52,7 +53,7 @@ class Kernel:
 
 # In order of preference.
 KERNELS = (
-    Kernel("sm90", (9, 0), (9, 0), 256, frozenset(("bands", "groups", "layout"))),
+    Kernel("sm90", (9, 0), (9, 0), 256, frozenset(("bands", "groups", "layout")), backward=True),
     Kernel("sm80", (8, 0), (99, 0), 128),
 )
 
@@ -116,6 +117,29 @@ def _copyable(x: Tensor) -> Tensor:
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
+Lists = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _lists(q: Tensor, k: Tensor, o: Options, queries: int, keys: int, by_key: bool) -> Lists:
+    """Tile lists of a block-sparse layout."""
+    if o.layout is None:
+        return None, None, None
+    from effkern._triton.attention_lists import build
+
+    bands = [*(o.bands or ()), *([UNBOUNDED, 0, 0] if o.causal else [])]
+    lists = build(
+        *(q.shape[-2], k.shape[-2], q.shape[-3], o.top_left, bands, list(o.groups or ()), o.layout),
+        *(o.block, None, None, queries, keys, q.device, by_key),
+    )
+    return lists.entries, lists.full, lists.total
+
+
+def _folded(o: Options) -> Window:
+    window = fold(o.bands or (), o.groups or (), o.causal)
+    assert window is not None, "a request that does not fold is refused"
+    return window
+
+
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     """(out, lse) of a request that `kernel` does not refuse."""
     q, k, v = map(_copyable, (q, k, v))
@@ -123,24 +147,68 @@ def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, o: Options) -> tupl
     if kernel.name == "sm80":
         geometry = o.cu_seqlens_q, o.cu_seqlens_k, o.scale, o.causal, o.top_left
         return ops.attention_cuda_sm80(q, k, v, *geometry)
-    window = fold(o.bands or (), o.groups or (), o.causal)
-    assert window is not None, "sizes_of says so"
-    lists: tuple[Tensor | None, ...] = None, None, None
-    if o.layout is not None:
-        from effkern._triton.attention_lists import build
-
-        queries, keys = tile_shape(max(q.shape[-1], v.shape[-1]))
-        bands = [*(o.bands or ()), *([UNBOUNDED, 0, 0] if o.causal else [])]
-        lists = build(
-            *(q.shape[-2], k.shape[-2], q.shape[-3], o.top_left, bands, list(o.groups or ()), o.layout),
-            *(o.block, None, None, queries, keys, q.device, False),
-        )
+    lists = _lists(q, k, o, *forward_tile(_widest(q, v)), by_key=False)
     return ops.attention_cuda_sm90(
-        *(q, k, v, o.cu_seqlens_q, o.cu_seqlens_k, o.scale, o.top_left, *window, o.layout, o.block, *lists)
+        *(
+            q,
+            k,
+            v,
+            o.cu_seqlens_q,
+            o.cu_seqlens_k,
+            o.scale,
+            o.top_left,
+            *_folded(o),
+            o.layout,
+            o.block,
+            *lists,
+        )
     )
 
 
-def tile_shape(widest: int) -> tuple[int, int]:
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_q, grad_k, grad_v, delta) of a request that sm90 does not refuse. The gradient of q is added up in no fixed
+    order unless deterministic algorithms were asked for."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_out, q, k, v = map(_copyable, (grad_out, q, k, v))
+    tiles = backward_tiles(_widest(q, v), deterministic)
+    return torch.ops.effkern.attention_cuda_sm90_backward(
+        *(grad_out, grad_lse, q, k, v, out, lse, o.cu_seqlens_q, o.cu_seqlens_k, o.scale, o.top_left),
+        *(*_folded(o), o.layout, o.block),
+        *_lists(q, k, o, *tiles.by_query, by_key=False),
+        *(*_lists(q, k, o, *tiles.by_key, by_key=True), deterministic),
+    )
+
+
+def _widest(q: Tensor, v: Tensor) -> int:
+    return max(q.shape[-1], v.shape[-1])
+
+
+class BackwardTiles(NamedTuple):
+    """(queries, keys) of the kernels that walk over keys and over queries."""
+
+    by_query: tuple[int, int]
+    by_key: tuple[int, int]
+
+
+def backward_tiles(widest: int, deterministic: bool) -> BackwardTiles:
+    """`choose_backward_sm90` and `adding_queries_sm90` in csrc/attention/backward_sm90_launch.h."""
+    if widest <= 64:
+        return BackwardTiles((128, 128), (96 if deterministic else 64, 128))
+    if widest <= 96:
+        return BackwardTiles((128, 128), (80, 128))
+    return BackwardTiles((128, 128), (64, 128)) if widest <= 128 else BackwardTiles((128, 64), (64, 64))
+
+
+def forward_tile(widest: int) -> tuple[int, int]:
     """(queries, keys) of a masked tile of sm90: `choose_forward_sm90` in csrc/attention/forward_sm90_launch.h."""
     if widest <= 64:
         return 192, 128

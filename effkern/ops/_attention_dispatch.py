@@ -166,16 +166,38 @@ def _cuda_backward(
     return reference.attention_backward(*saved, bias_grad=bias_grad, **o.keywords())
 
 
+def _cuda_kernel_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`attention_cuda_backward`: of C++ where there is one, else what the key CUDA of `attention_backward` does."""
+    o, bias_grad = _backward_options(options, named)
+    request = cuda_kernels.sizes_of(q, v, o)
+    backends.select("attention", q.device.type, q.dtype, request, "cuda")
+    kernel = cuda_kernels.choose(q.device, q.dtype, request)
+    if isinstance(kernel, str) or not kernel.backward:
+        return _cuda_backward(grad_out, grad_lse, q, k, v, out, lse, *o, bias_grad)
+    *grads, delta = cuda_kernels.backward(grad_out, grad_lse, q, k, v, out, lse, o)
+    return grads[0], grads[1], grads[2], q.new_empty(0, dtype=torch.float32), delta
+
+
 for _op, _backward_op in (
     ("attention", "attention_backward"),
     ("attention_triton", "attention_triton_backward"),
-    ("attention_cuda", "attention_backward"),
+    ("attention_cuda", "attention_cuda_backward"),
 ):
     torch.library.register_fake(f"effkern::{_op}", _fake_forward)
     gradient.register(_op, _backward_op)
     register_autocast(_op, 3)
     register_flops(_op, forward_formula)
-for _op in ("attention_backward", "attention_triton_backward"):
+for _op in ("attention_backward", "attention_triton_backward", "attention_cuda_backward"):
     torch.library.register_fake(f"effkern::{_op}", _fake_backward)
     gradient.register_refusal(_op)
     register_flops(_op, backward_formula)
@@ -185,3 +207,4 @@ register_kernel("attention_backward", _cuda_backward, "CUDA")
 register_kernel("attention_triton", _triton_forward, "CPU", "CUDA")
 register_kernel("attention_triton_backward", _triton_backward, "CPU", "CUDA")
 register_kernel("attention_cuda", _cuda_kernel_forward, "CPU", "CUDA")
+register_kernel("attention_cuda_backward", _cuda_kernel_backward, "CPU", "CUDA")

@@ -257,7 +257,8 @@ registry.register(
         reference=reference.attention,
         schemas=(
             *("attention", "attention_backward", "attention_triton", "attention_triton_backward"),
-            *("attention_cuda", "attention_cuda_sm80", "attention_cuda_sm90"),
+            *("attention_cuda", "attention_cuda_backward", "attention_cuda_sm80", "attention_cuda_sm90"),
+            "attention_cuda_sm90_backward",
         ),
         backends=(
             registry.Backend("cpu", ("cpu",), cpu_refusal),

@@ -40,9 +40,12 @@ inline TensorMap tensor_map(const TensorView& view, int rows, int columns, const
   }
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
+  // An empty tensor is never read, but its map must have an address.
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  void* data = reinterpret_cast<void*>(address ? address : uintptr_t{16});
   CUtensorMap map;
-  const CUresult result = tensor_map_encoder(op)(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(view.data),
-                                                 sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  const CUresult result = tensor_map_encoder(op)(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, sizes, strides, box,
+                                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                                  columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   EFFKERN_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with code ", static_cast<int>(result),
