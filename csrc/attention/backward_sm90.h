@@ -1,4 +1,4 @@
-// The instances of the sm_90a backward kernels, by padded head dimension (backward_sm90_unit.cuh).
+// The instances of the sm_90a backward kernels, by padded head dimension (backward_sm90_unit.h).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// The instances of the sm_90a forward kernel, by padded head dimension and keys a tile (forward_sm90_unit.cuh).
+// The instances of the sm_90a forward kernel, by padded head dimension and keys a tile (forward_sm90_unit.h).
 #pragma once
 
 #include <cuda_runtime_api.h>

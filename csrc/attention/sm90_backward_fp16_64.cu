@@ -1,3 +1,3 @@
-#include "attention/backward_sm90_unit.cuh"
+#include "attention/backward_sm90_unit.h"
 
 EFFKERN_BACKWARD_SM90(Fp16, 64);

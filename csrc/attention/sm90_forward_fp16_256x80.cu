@@ -1,3 +1,3 @@
-#include "attention/forward_sm90_unit.cuh"
+#include "attention/forward_sm90_unit.h"
 
 EFFKERN_FORWARD_SM90(Fp16, 256, 80);
