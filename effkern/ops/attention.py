@@ -189,7 +189,9 @@ def attention(
     Numerics:
         Scores, sums and gradients accumulate in float32. The error stays within twice that of the same computation
         in PyTorch in the same dtype. Deterministic: the same inputs give the same bits, forward and backward,
-        for any number of threads. Under autocast q, k and v are cast to the autocast dtype, and nothing else.
+        for any number of threads; only backend="cuda" adds up the gradient of q in no fixed order on Hopper GPUs,
+        unless `torch.use_deterministic_algorithms(True)` is set. Under autocast q, k and v are cast to the autocast
+        dtype, and nothing else.
 
     Cost:
         `attention_flops`: 2 (D + Dv) a visible pair forward, 2 (3 D + 2 Dv) backward. `attention_bytes`: every
