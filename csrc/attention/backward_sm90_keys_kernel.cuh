@@ -174,6 +174,7 @@ struct BackwardSm90KeyConsumer {
   EFFKERN_DEVICE void add_query_part(float* destination) {
     const int thread = cuda::thread_index() % cuda::kWarpgroup;
     if (thread == 0) cuda::bulk_wait_read<0>();
+    cuda::sync_warp();
     sync_all();  // all of dS^T is there, nobody reads the other buffer any more, and the last part has left
     grad_q.pin_all();
     cuda::wgmma_fence();

@@ -150,6 +150,9 @@ struct BackwardSm90QueryConsumer {
     if constexpr (kMasked) hide(scores, p.call, task, task.first_query + group * 64, first_key);
 #pragma unroll
     for (float& score : scores.value) score = cuda::exp2_fast(score);
+    // The compiler would move the wait up into the exponentials. A branch keeps it here.
+    scores.pin_all();
+    memory.value_ring().wait(value_at);
     cuda::wgmma_wait<0>();
     grads.pin_all();
     memory.value_ring().release(value_at);

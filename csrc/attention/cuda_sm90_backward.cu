@@ -21,6 +21,13 @@ void launch_for(BackwardSm90Params& p, const BackwardSm90Launch& launch, int hea
   launch_backward_sm90<Element, 256>(p, launch);
 }
 
+void check_result(const Tensor& t, const char* name, const std::vector<int64_t>& shape, ScalarType dtype) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == dtype && !t.is_cpu();
+  for (size_t axis = 0; fits && axis < shape.size(); ++axis) fits = t.size(static_cast<int64_t>(axis)) == shape[axis];
+  EFFKERN_CHECK(fits, kOp, ": ", name, " does not fit q, k and v; it has shape ", shape_string(t), " and dtype ",
+                dtype_name(t.scalar_type()));
+}
+
 Tensor same_shape(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cuda_sm90_backward(
@@ -33,7 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_cuda_sm90_backward(
   CudaCall call(kOp, 256, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, false, top_left);
   const Geometry& g = call.geometry;
   check_sm90(kOp, call.device);
+  check_result(out, "out", g.output_shape(), q.scalar_type());
+  check_result(grad_out_in, "grad_out", g.output_shape(), q.scalar_type());
+  check_result(lse, "lse", g.lse_shape(), ScalarType::Float);
+  if (grad_lse_in) check_result(*grad_lse_in, "grad_lse", g.lse_shape(), ScalarType::Float);
   call.set_results(torch::stable::contiguous(out), torch::stable::contiguous(lse));
+  aligned_rows(kOp, call.out, "out", call.params.out_strides);
   const Tensor grad_out = unit_last_stride(grad_out_in);
   Tensor grad_lse;  // alive until the launch
   Tensor grad_q = same_shape(q), grad_k = same_shape(k), grad_v = same_shape(v), delta = same_shape(call.lse);

@@ -299,6 +299,11 @@ struct ForwardSm90Consumer {
     key_at.advance();
     float shrink[2];
     prepare_weights<kMasked>(task, step, shrink);
+    // The compiler would move the wait up into the softmax. A branch keeps it here: these values have long arrived.
+    scores.pin_all();
+    cuda::pin(rows.sum[0]);
+    cuda::pin(rows.sum[1]);
+    memory.value_ring().wait(value_at);
     cuda::wgmma_wait<0>();
     out.pin_all();
     weights.pin_all();
@@ -374,6 +379,7 @@ struct ForwardSm90Consumer {
     } else {  // rows that follow belong to the next sequence
       sync_group();
       cuda::copy_panels_out(tile, out_of(task), p.base.out_strides.token, rows_left, p.base.value_dim);
+      cuda::fence_shared_to_engines();  // the next queries overwrite what threads have stored
     }
     memory.query_ring().release(query_at);
     query_at.advance();

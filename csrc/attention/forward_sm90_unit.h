@@ -2,6 +2,8 @@
 // compile side by side; only those files are compiled for sm_90a alone.
 #pragma once
 
+#include <limits>
+
 #include "attention/forward_sm90.h"
 #include "attention/forward_sm90_kernel.cuh"
 #include "core/cuda/check.h"
@@ -28,6 +30,8 @@ void launch_forward_sm90(ForwardSm90Params& p, const ForwardSm90Views& views, co
   p.out_map = cuda::tensor_map(views.out, 64, kColumns, op);
   plan_forward_sm90(p, Shape::kQueries, cuda::device_attribute(cudaDevAttrMultiProcessorCount, device, op),
                     cuda::device_attribute(cudaDevAttrL2CacheSize, device, op));
+  EFFKERN_CHECK(p.tasks <= std::numeric_limits<int>::max(), op, ": too many query tiles for one launch (", p.tasks,
+                ")");
   const auto kernel = attention_forward_sm90_kernel<Element, Shape>;
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), op,
               "cudaFuncSetAttribute");

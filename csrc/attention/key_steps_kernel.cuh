@@ -19,7 +19,8 @@ struct Window {
 struct SeenKeys {
   int begin, end, sink;
 
-  constexpr bool sees(int key) const { return key < sink || (key >= begin && key < end); }
+  // Without short circuits, which would be branches.
+  constexpr bool sees(int key) const { return (key < sink) | ((key >= begin) & (key < end)); }
 };
 
 constexpr int floor_of(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }

@@ -24,7 +24,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder(const char* op) {
   check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found), op,
         "cudaGetDriverEntryPointByVersion");
   EFFKERN_CHECK(found == cudaDriverEntryPointSuccess && function != nullptr, op,
-                ": the NVIDIA driver has no cuTensorMapEncodeTiled; sm_90a kernels need driver 525 or newer");
+                ": the NVIDIA driver has no cuTensorMapEncodeTiled; sm_90a kernels need a driver of CUDA 12 or newer");
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
