@@ -213,6 +213,6 @@ def test_kernels_say_what_they_can_do(
 
 
 def test_tile_shapes_of_stored_lists_are_the_kernels() -> None:
-    assert {width: cuda_kernels.tile_shape(width) for width in TILES} == {
+    assert {width: cuda_kernels.forward_tile(width) for width in TILES} == {
         width: (queries, masked) for width, (queries, _, masked) in TILES.items()
     }

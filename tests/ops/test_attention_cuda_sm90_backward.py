@@ -12,6 +12,7 @@ from cuda_model import Call, Case, Operand, compile_model
 from torch import Tensor
 
 from effkern.masks import BlockSparse, Lambda, ShiftedGroups, SlidingWindow
+from effkern.ops import _attention_cuda as cuda_kernels
 from effkern.reference import attention as reference
 from effkern.testing import assert_close_to_oracle
 
@@ -284,3 +285,12 @@ def test_walk_over_queries_is_the_definition(model: ctypes.CDLL) -> None:
     model.check_query_steps.restype = ctypes.c_char_p
     error = model.check_query_steps(14)
     assert error is None, error.decode()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tiles_of_stored_lists_are_the_kernels(deterministic: bool) -> None:
+    for width, (kept_keys, queries, kept_queries, keys) in TILES.items():
+        tiles = cuda_kernels.backward_tiles(width, deterministic)
+        adds = not deterministic and width in (64, 128)
+        assert tiles.by_query == (kept_queries, keys)
+        assert tiles.by_key == (64 if adds else queries, kept_keys)
