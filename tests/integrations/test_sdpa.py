@@ -266,21 +266,11 @@ def test_layers_of_pytorch_and_a_vit_block() -> None:
 
 
 @pytest.fixture(scope="module")
-def timm() -> Iterator[Any]:
+def timm() -> Any:
     for name in ("timm", "torchvision"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed; timm imports torchvision")
-    library = None
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        # A torchvision made for CUDA does not load its operators beside a CPU torch, and then stumbles over describing
-        # these two. No ViT calls them: their schemas suffice for the import.
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield importlib.import_module("timm")
-    del library
+    return importlib.import_module("timm")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
