@@ -1,35 +1,11 @@
 // Runs the sm_90a attention forward on the software model of a thread block. Called through ctypes.
 #include "attention/forward_sm90_kernel.cuh"
-#include "attention_call.h"
+#include "attention_masks.h"
 
 namespace {
 
 using namespace effkern;
 using attention::ForwardSm90Params;
-
-// Masks and schedule of a call, beside what attention_call.h has.
-struct Masks {
-  int64_t left, right, sink, group;
-  const uint8_t* layout;
-  int64_t layout_batch, layout_head, layout_row;
-  int block;
-  const int *entries, *full, *total;
-  int batch_lines, head_lines, most;
-  int multiprocessors;
-  int head_dim, keys;  // the instance
-};
-
-// As tensor_map.h makes it: an axis of one element, or a packed batch, has size 1.
-cuda::TensorMap map_of(const Tensor& t, int batch, int heads, int tokens, int dim, int rows, int columns) {
-  cuda::TensorMap map{};
-  map.data = static_cast<char*>(t.data);
-  const int64_t sizes[4] = {dim, tokens, heads, batch}, strides[4] = {1, t.token, t.head, t.batch};
-  for (int axis = 0; axis < 4; ++axis) map.size[axis] = sizes[axis], map.stride[axis] = strides[axis] * 2;
-  map.box_rows = rows;
-  map.box_columns = columns;
-  map.swizzle = columns == 64 ? cuda::Swizzle::k128B : cuda::Swizzle::k64B;
-  return map;
-}
 
 template <class Element, int kHeadDim, int kKeys>
 void run(const Call& call, ForwardSm90Params& p, int multiprocessors) {
@@ -68,9 +44,7 @@ void run_for(const Call& call, const Masks& masks, ForwardSm90Params& p) {
 extern "C" const char* model_attention_forward_sm90(const Call* call, const Masks* masks) {
   ForwardSm90Params p{};
   p.base = params_of(*call);
-  set_window(p, masks->left, masks->right, masks->sink, masks->group);
-  p.layout = {masks->layout, masks->layout_batch, masks->layout_head, masks->layout_row, masks->block};
-  p.lists = {masks->entries, masks->full, masks->total, masks->batch_lines, masks->head_lines, masks->most};
+  set_masks(p, *masks);
   if (call->bf16)
     run_for<cuda::Bf16>(*call, *masks, p);
   else

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_masks import masks_of
 from cuda_model import Case, Runner, check, compile_model, require_gpu, run_model, to_gpu
 from torch import Tensor
 
-from effkern._triton.attention_lists import build
 from effkern.masks import BlockSparse, Document, Lambda, Lowered, Mask, ShiftedGroups, SlidingWindow
 from effkern.ops import _attention_cuda as cuda_kernels
 from effkern.ops._attention_options import Options
@@ -19,55 +19,16 @@ from effkern.ops._attention_options import Options
 TILES = {64: (192, 128, 128), 96: (128, 128, 128), 128: (128, 176, 128), 256: (128, 80, 80)}
 
 
-class Masks(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("left", "right", "sink", "group")),
-        ("layout", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("layout_batch", "layout_head", "layout_row")),
-        ("block", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("entries", "full", "total")),
-        *((name, ctypes.c_int) for name in ("batch_lines", "head_lines", "most")),
-        *((name, ctypes.c_int) for name in ("multiprocessors", "head_dim", "keys")),
-    ]
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compile_model(tmp_path_factory.mktemp("sm90"), "attention_forward_sm90.cpp")
 
 
 def _run_model(model: ctypes.CDLL, case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    lowered = case.lowered()
     padded = next(width for width in TILES if max(case.d, case.dv) <= width)
     queries, unmasked, masked = TILES[padded]
     keys = masked if case.causal or case.mask is not None else unmasked
-    window = cuda_kernels.fold(lowered.bands, lowered.groups, case.causal)
-    assert window is not None
-    fields = window._asdict()
-    if lowered.layout is not None:
-        layout = lowered.layout.contiguous()
-        causal = [1 << 30, 0, 0] if case.causal else []
-        lists = build(
-            *(
-                case.sq,
-                case.sk,
-                case.hq,
-                case.top_left,
-                [*lowered.bands, *causal],
-                list(lowered.groups),
-                layout,
-            ),
-            *(lowered.block, None, None, queries, keys, q.device, False),
-        )
-        steps = [step if size > 1 else 0 for size, step in zip(layout.shape, layout.stride(), strict=True)]
-        batch, heads = lists.entries.shape[:2]
-        fields |= dict(
-            layout=layout.data_ptr(), layout_batch=steps[0], layout_head=steps[1], layout_row=layout.stride(2),
-            block=lowered.block, entries=lists.entries.data_ptr(), full=lists.full.data_ptr(),
-            total=lists.total.data_ptr(), batch_lines=heads if batch > 1 else 0, head_lines=int(heads > 1),
-            most=lists.entries.shape[-1],
-        )  # fmt: skip
-    masks = Masks(**fields, multiprocessors=case.blocks, head_dim=padded, keys=keys)
+    masks, _memory = masks_of(case, padded, queries, keys)
     return run_model(model.model_attention_forward_sm90, case, q, k, v, masks)
 
 
