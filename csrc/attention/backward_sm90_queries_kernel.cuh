@@ -3,15 +3,15 @@
 //
 // Status: unverified. No GPU has run it yet; a software model of a thread block has (tests/cuda_host).
 //
-// The forward's walk over key tiles (forward_sm90_kernel.cuh: tasks, masks, rings) with S and dP computed again:
-// dQ = scale * sum of dS K. The products with the next keys run under the last ones of a step.
+// The forward's walk over key tiles (forward_sm90_tasks_kernel.cuh) and its masks, with S and dP computed again: dQ =
+// scale * sum of dS K. The products with the next keys run under the last ones of a step.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "attention/backward_sm90_launch.h"
-#include "attention/forward_sm90_kernel.cuh"
+#include "attention/forward_sm90_softmax_kernel.cuh"
 
 namespace effkern::attention {
 

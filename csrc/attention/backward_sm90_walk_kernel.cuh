@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "attention/backward_sm90_launch.h"
-#include "attention/forward_sm90_kernel.cuh"
+#include "attention/forward_sm90_tasks_kernel.cuh"
 
 namespace effkern::attention {
 
