@@ -49,6 +49,7 @@ struct BackwardSm90QueryMemory {
 template <class Shape>
 EFFKERN_DEVICE void copy_for_queries(const BackwardSm90Params& p, const BackwardSm90QueryMemory<Shape>& memory) {
   using Memory = BackwardSm90QueryMemory<Shape>;
+  cuda::prefetch_maps(p.call.k_map, p.call.q_map, p.grad_out_map, p.call.v_map);
   typename Memory::KeyRing::Position key_at;
   typename Memory::ValueRing::Position value_at;
   typename Memory::QueryRing::Position query_at;

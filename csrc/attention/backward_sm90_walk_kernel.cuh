@@ -114,6 +114,7 @@ EFFKERN_DEVICE void copy_for_keys(const BackwardSm90Params& p, const BackwardSm9
                                   const BackwardSm90KeyTask& task) {
   using Memory = BackwardSm90KeyMemory<Shape>;
   const ForwardParams& b = p.call.base;
+  cuda::prefetch_maps(p.call.k_map, p.call.v_map, p.call.q_map, p.grad_out_map);
   const typename Memory::KeyRing::Position key_at;
   memory.key_ring().acquire(key_at, 2 * Memory::kValuesAt);
   for (int tile = 0; tile < Shape::kKeyTiles; ++tile) {

@@ -88,6 +88,7 @@ EFFKERN_DEVICE ForwardSm90Task find_task(const ForwardSm90Params& p, int index) 
 template <class Shape>
 EFFKERN_DEVICE void copy_tasks(const ForwardSm90Params& p, const ForwardSm90Memory<Shape>& memory) {
   using Memory = ForwardSm90Memory<Shape>;
+  cuda::prefetch_maps(p.k_map, p.q_map, p.v_map);
   typename Memory::KeyRing::Position key_at, value_at;
   typename Memory::QueryRing::Position query_at;
   for (int round = 0;; ++round) {

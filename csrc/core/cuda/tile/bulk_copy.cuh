@@ -27,6 +27,12 @@ struct PanelTile {
   }
 };
 
+// Fetches the descriptors of copies to come, so that the first ones need not wait for theirs.
+template <class... Maps>
+EFFKERN_DEVICE void prefetch_maps(const Maps&... maps) {
+  (prefetch_map(&maps), ...);
+}
+
 // Starts copying the tile whose first element is (row, column 0) of (head, batch); boxes of the map are one panel.
 template <class Tile>
 EFFKERN_DEVICE void bulk_load(Tile tile, const TensorMap& map, int row, int head, int batch, uint32_t barrier) {
