@@ -15,6 +15,8 @@
 #include <cstdint>
 
 #include "attention/backward_sm90_walk_kernel.cuh"
+#include "core/cuda/tile/barrier.cuh"
+#include "core/cuda/tile/warpgroup_mma.cuh"
 
 namespace effkern::attention {
 

@@ -12,6 +12,8 @@
 
 #include "attention/backward_sm90_launch.h"
 #include "attention/forward_sm90_softmax_kernel.cuh"
+#include "core/cuda/tile/barrier.cuh"
+#include "core/cuda/tile/warpgroup_mma.cuh"
 
 namespace effkern::attention {
 

@@ -5,6 +5,8 @@
 
 #include "attention/backward_sm90_launch.h"
 #include "attention/forward_sm90_tasks_kernel.cuh"
+#include "core/cuda/tile/barrier.cuh"
+#include "core/cuda/tile/bulk_copy.cuh"
 
 namespace effkern::attention {
 
