@@ -1,6 +1,6 @@
 # Every command works on a clean clone: what it needs is installed into .venv first.
 #   make build | test | integrations | bench | robustness | tsan | lint | docs | lock
-#        wheel | sdist | wheel-test | format | clean
+#        wheel | sdist | wheel-test | wheel-integrations | format | clean
 # PYTHON chooses the interpreter that .venv is made from, TORCH, TRITON and TORCHVISION the versions put into it.
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -21,7 +21,7 @@ INTEGRATIONS_READY := $(VENV)/.ready-integrations-torch-$(TORCH)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test integrations bench robustness tsan lock lint typing docs format wheel sdist wheel-test clean
+.PHONY: setup build test integrations bench robustness tsan lock lint typing docs format wheel sdist wheel-test wheel-integrations clean
 
 setup: $(READY)
 
@@ -50,10 +50,11 @@ build: $(READY)
 test: build
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
 
+# timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
+INTEGRATIONS_NO_DEPS := timm==1.* torchvision==$(TORCHVISION)
 $(INTEGRATIONS_READY): $(READY)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[integrations]'
-	@# timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
-	$(BIN)/python -m pip install -q --no-deps 'timm==1.*' 'torchvision==$(TORCHVISION)'
+	$(BIN)/python -m pip install -q --no-deps $(foreach package,$(INTEGRATIONS_NO_DEPS),'$(package)')
 	@touch $@
 
 # With the libraries themselves, which `make test` skips where they are not installed.
@@ -68,15 +69,17 @@ robustness: build
 	$(BIN)/pytest -q -p no:benchmark tests/robustness --robustness nightly \
 	  --robustness-report build/robustness.json $(ARGS)
 
-# The thread sanitizer beside the build of the tree, on the tests with threads.
+# The thread sanitizer beside the build of the tree: first that it sees races, then tests with threads, then op tests.
 TSAN_PRELOAD = $$($${CXX:-c++} -print-file-name=libtsan.so) $(CURDIR)/build/thread/openmp.so
+TSAN_PYTEST = PYTHONPATH=build/thread LD_PRELOAD="$(TSAN_PRELOAD)" \
+  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp ignore_noninstrumented_modules=1 report_signal_unsafe=0" \
+  $(BIN)/pytest -q -p no:benchmark
 tsan: $(READY)
 	$(BIN)/python setup.py -q build --build-base build/thread-base --build-lib build/thread \
 	  build_ext --define EFFKERN_SANITIZE=thread,EFFKERN_CUDA=OFF
 	$${CC:-cc} -shared -fPIC -g -O1 -o build/thread/openmp.so tests/tsan_openmp.c -ldl
-	PYTHONPATH=build/thread LD_PRELOAD="$(TSAN_PRELOAD)" \
-	  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp ignore_noninstrumented_modules=1 report_signal_unsafe=0" \
-	  $(BIN)/pytest -q -p no:benchmark tests/robustness/test_threads.py -k "not workers" $(ARGS)
+	$(TSAN_PYTEST) tests/test_thread_sanitizer.py tests/robustness/test_threads.py -k "not workers" $(ARGS)
+	$(TSAN_PYTEST) tests/ops -m sanitize $(ARGS)
 
 lock: $(READY)
 	@{ echo '# Versions of the development environment, written by `make lock`; see CONTRIBUTING.md.'; \
@@ -137,6 +140,11 @@ sdist: $(READY)
 TORCHES ?= 2.11.0 $(TORCH)
 wheel-test:
 	scripts/wheel_test.sh $(DIST)/*.whl $(TORCHES)
+
+# The wheel beside the libraries that it integrates with.
+wheel-integrations:
+	EXTRAS=test,integrations NO_DEPS='$(INTEGRATIONS_NO_DEPS)' \
+	  scripts/wheel_test.sh $(DIST)/*.whl $(TORCH) -- -n auto --maxprocesses 2 tests/integrations
 
 clean:
 	rm -rf build dist effkern/lib effkern/_host*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif("libtsan" not in os.environ.get("LD_PRELOAD", ""), reason="runs under `make tsan`")
+pytestmark = pytest.mark.skipif(
+    "libtsan" not in os.environ.get("LD_PRELOAD", ""), reason="runs under `make tsan`"
+)
 
 SOURCE = Path(__file__).with_name("tsan_race.c")
 REPORTED = 66  # the exit status of a program in which the sanitizer has found something

@@ -83,6 +83,26 @@ def test_block_diagonal_product(room: Callable[[int], None]) -> None:
     same_rows(out, pieces(rows, columns), lambda part: effkern.block_diag_matmul(x[part], w))
 
 
+def test_gradients_of_a_block_diagonal_product(room: Callable[[int], None]) -> None:
+    """Rows repeat: the gradient of the weight is that of one period, times the periods, and what is left over."""
+    room(15)
+    rows, columns = (1 << 21) + 10, 1024
+    x = pattern(rows, columns).requires_grad_()
+    w = (0.1 * torch.randn(64, 16, 16)).bfloat16().requires_grad_()
+
+    def gradients(part: slice) -> tuple[Tensor, ...]:
+        few = x.detach()[part].requires_grad_()
+        return torch.autograd.grad(effkern.block_diag_matmul(few, w), (few, w), few.detach())
+
+    grad_x, grad_w = torch.autograd.grad(effkern.block_diag_matmul(x, w), (x, w), x.detach())
+    same_rows(grad_x, pieces(rows, columns), lambda part: gradients(part)[0])
+    period, rest = gradients(slice(0, 997))[1].double(), gradients(slice(0, rows % 997))[1].double()
+    expected = rows // 997 * period + rest
+    torch.testing.assert_close(
+        grad_w.double(), expected, rtol=1.6e-2, atol=1e-2 * float(expected.abs().max())
+    )
+
+
 def test_palettized_product(room: Callable[[int], None]) -> None:
     """More than 2^31 outputs of few inputs."""
     room(5)
@@ -128,6 +148,26 @@ def test_many_queries(room: Callable[[int], None]) -> None:
         return effkern.attention(rows, k[:, head : head + 1], v[:, head : head + 1]).view(-1, dim)
 
     same_rows(out, pieces(heads * queries, dim), small)
+
+
+def test_gradients_of_many_queries(room: Callable[[int], None]) -> None:
+    room(15)
+    queries, dim = (1 << 24) + 5, 128
+    q = pattern(queries, dim).view(1, 1, queries, dim).requires_grad_()
+    k, v = torch.randn(2, 1, 1, 4, dim).bfloat16().requires_grad_()
+
+    def gradients(part: slice) -> tuple[Tensor, ...]:
+        few = q.detach()[:, :, part].requires_grad_()
+        return torch.autograd.grad(effkern.attention(few, k, v), (few, k, v), few.detach())
+
+    grad_q, *grads = torch.autograd.grad(effkern.attention(q, k, v), (q, k, v), q.detach())
+    same_rows(grad_q.view(-1, dim), pieces(queries, dim), lambda part: gradients(part)[0].view(-1, dim))
+    periods = zip(gradients(slice(0, 997))[1:], gradients(slice(0, queries % 997))[1:])
+    for grad, (period, rest) in zip(grads, periods):
+        expected = queries // 997 * period.double() + rest.double()
+        torch.testing.assert_close(
+            grad.double(), expected, rtol=1.6e-2, atol=1e-2 * float(expected.abs().max())
+        )
 
 
 def test_long_cache(room: Callable[[int], None]) -> None:
