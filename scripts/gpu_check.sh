@@ -5,6 +5,7 @@
 #   scripts/gpu_check.sh [OUT]                  every stage in turn
 #   scripts/gpu_check.sh [OUT] build
 #   scripts/gpu_check.sh [OUT] test             op tests and op contract on the GPU
+#   scripts/gpu_check.sh [OUT] program          repeats, streams, captured graphs, no memory left, more than 2^31 elements
 #   scripts/gpu_check.sh [OUT] sanitize         compute-sanitizer over the tests marked 'sanitize'
 #   scripts/gpu_check.sh [OUT] bench [FAMILY [BACKEND...]]   effkern bench --full, of one family or of all, with the
 #                                               automatic choice or the backends named
@@ -15,7 +16,7 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 
 out=bench-out
-case "${1:-}" in build | test | sanitize | bench | "") ;; *)
+case "${1:-}" in build | test | program | sanitize | bench | "") ;; *)
   out=$1
   shift
   ;;
@@ -74,6 +75,12 @@ test_stage() {
   run "test contract" bash -c 'tests "$repo/tests/test_contract.py"'
 }
 
+program_stage() {
+  cd "$site" || return 1
+  run "program" bash -c 'tests "$repo/tests/test_gpu.py"'
+  run "program large" bash -c 'tests "$repo/tests/robustness/test_large.py" --large -k cuda'
+}
+
 sanitize_stage() {
   cd "$site" || return 1
   if ! command -v compute-sanitizer >/dev/null; then
@@ -106,11 +113,12 @@ bench_stage() {
 case "$stage" in
   build) run build bash -c build ;;
   test) built && test_stage ;;
+  program) built && program_stage ;;
   sanitize) built && sanitize_stage ;;
   bench) built && bench_stage ;;
-  all) run build bash -c build && { test_stage; sanitize_stage; bench_stage; } ;;
+  all) run build bash -c build && { test_stage; program_stage; sanitize_stage; bench_stage; } ;;
   *)
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

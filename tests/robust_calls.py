@@ -43,12 +43,13 @@ class Call:
         return [*found, *gradients(self.spec, sample, self.spec.public)]
 
 
-def calls() -> list[Call]:
+def calls(device: str = "cpu", only: registry.OpSpec | None = None) -> list[Call]:
+    """Of every op, or of one."""
     registry.discover()
     return [
         Call(spec, sample, dtype)
-        for spec, dtype in itertools.product(registry.specs(), DTYPES)
-        for sample in spec.samples("cpu", dtype)
+        for spec, dtype in itertools.product([only] if only else registry.specs(), DTYPES)
+        for sample in spec.samples(device, dtype)
         if not sample.kwargs.get("dropout_p")
     ]
 

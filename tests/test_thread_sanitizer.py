@@ -1,4 +1,4 @@
-"""`make tsan` proves something only when its set-up reports a race, and stays silent about regions that are in order."""
+"""`make tsan` proves something only when its set-up reports a race, and stays silent about what is in order."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ What comes out is held against small calls on pieces at the start, around elemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from robust_tally import count
 from torch import Tensor
 
 import effkern
+from effkern import backends
+from effkern.ops import registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.plain_empty]
 AREA, FAULT = "large tensors", "more than 2^31 elements"
@@ -30,19 +32,30 @@ def available() -> int:
     return int(lines["MemAvailable"].split()[0]) << 10
 
 
-@pytest.fixture
-def room(request: pytest.FixtureRequest, threads: Callable[[int], None]) -> Callable[[int], None]:
-    """A function that skips the test where fewer gibibytes than it asks for are free."""
+@pytest.fixture(params=["cpu", *(["cuda/triton", "cuda/cuda"] if torch.cuda.is_available() else [])])
+def room(
+    request: pytest.FixtureRequest, threads: Callable[[int], None]
+) -> Iterator[Callable[[str, int], None]]:
+    """Puts tensors on a device, where one of its backends is forced, and gives a function that skips the test where
+    that one does not run an op, or where fewer gibibytes than it asks for are free."""
+    if not request.config.getoption("--large"):
+        pytest.skip("takes gibibytes of memory and minutes: ask for it with --large")
+    device, _, backend = request.param.partition("/")
 
-    def need(gibibytes: int) -> None:
-        if not request.config.getoption("--large"):
-            pytest.skip("takes gibibytes of memory and minutes: ask for it with --large")
-        free = available() / 2**30
+    def need(op: str, gibibytes: int) -> None:
+        try:
+            backends.select(op, device, torch.bfloat16, registry.get(op).sizes)
+        except backends.Unavailable as reason:
+            pytest.skip(str(reason))
+        free = (available() if device == "cpu" else torch.cuda.mem_get_info()[0]) / 2**30
         if free < gibibytes + 1:
             pytest.skip(f"needs {gibibytes} GiB and one to spare, {free:.1f} GiB are free")
 
     threads(2)
-    return need
+    with torch.device(device), backends.force(backend or None):
+        yield need
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def pattern(rows: int, columns: int) -> Tensor:
@@ -66,8 +79,8 @@ def same_rows(large: Tensor, parts: Sequence[slice], small: Callable[[slice], Te
     count(AREA, FAULT, right=1)
 
 
-def test_coupling(room: Callable[[int], None]) -> None:
-    room(9)
+def test_coupling(room: Callable[[str, int], None]) -> None:
+    room("coupling", 9)
     rows, columns = (1 << 19) + 10, 4096
     f = pattern(rows, columns)
     summed = effkern.coupling(f, f)
@@ -75,17 +88,17 @@ def test_coupling(room: Callable[[int], None]) -> None:
     same_rows(summed, pieces(rows, columns), lambda part: f[part] + f[part])
 
 
-def test_block_diagonal_product(room: Callable[[int], None]) -> None:
-    room(9)
+def test_block_diagonal_product(room: Callable[[str, int], None]) -> None:
+    room("block_diag_matmul", 9)
     rows, columns = (1 << 21) + 10, 1024
     x, w = pattern(rows, columns), torch.randn(64, 16, 16).bfloat16()
     out = effkern.block_diag_matmul(x, w)
     same_rows(out, pieces(rows, columns), lambda part: effkern.block_diag_matmul(x[part], w))
 
 
-def test_gradients_of_a_block_diagonal_product(room: Callable[[int], None]) -> None:
+def test_gradients_of_a_block_diagonal_product(room: Callable[[str, int], None]) -> None:
     """Rows repeat: the gradient of the weight is that of one period, times the periods, and what is left over."""
-    room(15)
+    room("block_diag_matmul", 15)
     rows, columns = (1 << 21) + 10, 1024
     x = pattern(rows, columns).requires_grad_()
     w = (0.1 * torch.randn(64, 16, 16)).bfloat16().requires_grad_()
@@ -103,20 +116,21 @@ def test_gradients_of_a_block_diagonal_product(room: Callable[[int], None]) -> N
     )
 
 
-def test_palettized_product(room: Callable[[int], None]) -> None:
+def test_palettized_product(room: Callable[[str, int], None]) -> None:
     """More than 2^31 outputs of few inputs."""
-    room(5)
+    room("palettized_linear", 5)
     rows, columns = (1 << 17) + 10, 1 << 14
     weight = torch.randn(columns, 4)
-    palette = effkern.palettize(weight, effkern.kmeans_init(weight, 8))
+    with backends.force(None):  # what is forced has no kernel for this
+        palette = effkern.palettize(weight, effkern.kmeans_init(weight, 8))
     x = pattern(rows, 4)
     out = effkern.palettized_linear(x, palette)
     same_rows(out, pieces(rows, columns), lambda part: effkern.palettized_linear(x[part], palette))
 
 
 @pytest.mark.parametrize("name", ["short_conv", "long_conv"])
-def test_convolutions(name: str, room: Callable[[int], None]) -> None:
-    room(9)
+def test_convolutions(name: str, room: Callable[[str, int], None]) -> None:
+    room(name, 9)
     batch, channels, length = 2, 1 << 10, (1 << 20) + 3
     x = pattern(batch * channels, length).view(batch, channels, length)
     taps = torch.randn(channels, 5).bfloat16()
@@ -135,8 +149,8 @@ def test_convolutions(name: str, room: Callable[[int], None]) -> None:
     same_rows(out, parts, small)
 
 
-def test_many_queries(room: Callable[[int], None]) -> None:
-    room(9)
+def test_many_queries(room: Callable[[str, int], None]) -> None:
+    room("attention", 9)
     heads, queries, dim = 2, (1 << 23) + 5, 128
     q = pattern(heads * queries, dim).view(1, heads, queries, dim)
     k, v = torch.randn(2, 1, heads, 4, dim).bfloat16()
@@ -150,8 +164,8 @@ def test_many_queries(room: Callable[[int], None]) -> None:
     same_rows(out, pieces(heads * queries, dim), small)
 
 
-def test_gradients_of_many_queries(room: Callable[[int], None]) -> None:
-    room(15)
+def test_gradients_of_many_queries(room: Callable[[str, int], None]) -> None:
+    room("attention", 15)
     queries, dim = (1 << 24) + 5, 128
     q = pattern(queries, dim).view(1, 1, queries, dim).requires_grad_()
     k, v = torch.randn(2, 1, 1, 4, dim).bfloat16().requires_grad_()
@@ -170,9 +184,9 @@ def test_gradients_of_many_queries(room: Callable[[int], None]) -> None:
         )
 
 
-def test_long_cache(room: Callable[[int], None]) -> None:
+def test_long_cache(room: Callable[[str, int], None]) -> None:
     """Decoding where the last keys of the cache lie beyond 2^31 elements: only those are seen."""
-    room(9)
+    room("attention_decode", 9)
     capacity, dim = (1 << 24) + 64, 128
     k = pattern(capacity, dim).view(1, 1, capacity, dim)
     q = torch.randn(1, 2, 1, dim).bfloat16()
@@ -187,9 +201,9 @@ def test_long_cache(room: Callable[[int], None]) -> None:
     count(AREA, FAULT, right=1)
 
 
-def test_clustering(room: Callable[[int], None]) -> None:
+def test_clustering(room: Callable[[str, int], None]) -> None:
     """16-bit weights are counted by value: the result is that of the distinct values and how often they occur."""
-    room(10)
+    room("dkm", 10)
     rows, columns = (1 << 19) + 10, 4096
     weight = pattern(rows, columns)
     centroids = torch.linspace(-2, 2, 8)
