@@ -6,8 +6,8 @@
 #   scripts/wheel_test.sh dist/*.whl 2.11.0 2.13.0
 #   scripts/wheel_test.sh dist/*.whl 2.13.0 -- -n 2 tests/ops     (`--` and nothing behind it: no tests)
 #
-# PYTHON names the interpreter, OUT (build/wheel-test) the folder of environments and logs, EXTRAS (test) the wheel's
-# extras for the tests, NO_DEPS packages to install without what they require. A torch with CUDA has several GB.
+# PYTHON names the interpreter, OUT (build/wheel-test) the folder of environments and logs, EXTRAS (test,bench) what is
+# installed with the wheel for the tests, NO_DEPS packages without what they require. A torch with CUDA has several GB.
 set -uo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -47,7 +47,7 @@ try() {  # try TORCH: the whole way with one version; the first step that fails 
   step="install wheel" && "$env/bin/pip" install -q -c "$env/constraints.txt" "$wheel" || return 1
   step="doctor" && "$env/bin/effkern" doctor | tee "$log" | tail -n 1 || return 1
   [ ${#arguments[@]} -gt 0 ] || return 0
-  step="install test tools" && "$env/bin/pip" install -q -c "$env/constraints.txt" "$wheel[${EXTRAS:-test}]" || return 1
+  step="install test tools" && "$env/bin/pip" install -q -c "$env/constraints.txt" "$wheel[${EXTRAS:-test,bench}]" || return 1
   if [ ${#no_deps[@]} -gt 0 ]; then "$env/bin/pip" install -q --no-deps "${no_deps[@]}" || return 1; fi
   step="tests"
   "$env/bin/python" - "$env" <<'PY' || return 1

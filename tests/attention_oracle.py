@@ -291,13 +291,16 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
     }
     if case.bias is not None and not all(case.bias):
         unit["grad_bias"] *= max(1.0, column)
-    if case.sinks:
-        # The sum over all queries of weight times delta, which is made of `out` as it was rounded: half a step of each
-        # number, at random. A single result, where the composition may come closer by chance.
+    # Delta is made of `out` as it was rounded: half a step of each number, at random. Where there are few results, the
+    # composition may come closer by chance.
+    deltas = inputs.grad_out.double() * results["out"]
+    half_steps = torch.finfo(dtype).eps / 2 / (4 * torch.finfo(torch.float32).eps)
+    if case.sinks:  # the sum over all queries of weight times delta
         weights = (exact.leaves["sink_logits"][:, None] - results["lse"]).exp()
-        parts = weights[..., None] * inputs.grad_out.double() * results["out"]
-        rounding = parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() / 2
-        unit["grad_sink_logits"] += rounding * torch.finfo(dtype).eps / (4 * torch.finfo(torch.float32).eps)
+        parts = weights[..., None] * deltas
+        unit["grad_sink_logits"] += parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() * half_steps
+    if case.bias is not None and exact.leaves["bias"].numel() < 16:
+        unit["grad_bias"] += deltas.norm(dim=-1).max().item() * half_steps
     return {name: unit[name] for name in names}
 
 

@@ -140,7 +140,8 @@ def test_backend_from_the_environment() -> None:
 def test_cuda_library_without_a_gpu() -> None:
     """Built or not: the CPU works, and the report says what is in the way of the CUDA kernels."""
     library = _lib.status().cuda
-    assert not library.loaded and library.reason
+    assert library.loaded or library.reason
+    assert torch.version.cuda or not library.loaded
     works(
         USE + "row = effkern.backends.report('attention')[1]\n"
         "assert row.device == 'cuda' and row.backend is None\n"

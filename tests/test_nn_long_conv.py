@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import effkern
 from effkern.nn import H3, ButterflyConv, HyenaFilter, HyenaOperator
@@ -254,6 +255,8 @@ def test_compiles_as_one_graph(name: str) -> None:
 
 @every_layer
 def test_exported_for_any_length(name: str) -> None:
+    if "heads" in name and TorchVersion(torch.__version__) < (2, 13):
+        pytest.xfail("torch 2.11 takes min(L, 3 L) == L, in its own look at strides, for a bound on lengths")
     module, _ = make(name)
     module.eval()
     lengths = torch.export.Dim(

@@ -5,6 +5,7 @@ Launchers run on small CPU tensors with the kernel calls recorded instead of mad
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -25,7 +26,17 @@ MISSING = (
     if os.environ.get("TRITON_INTERPRET") == "1"
     else None
 )
-needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+VERSION = importlib.metadata.version("triton") if MISSING is None else ""
+JUDGED = "3.7"  # the version that the Makefile installs
+needs_compiler = [
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    # Every version has to compile the kernels; how well it does is another compiler's business.
+    pytest.mark.xfail(
+        not VERSION.startswith(f"{JUDGED}."),
+        reason=f"budgets of machine code are for Triton {JUDGED}, this is {VERSION}",
+        raises=AssertionError,
+    ),
+]
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
