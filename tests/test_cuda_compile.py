@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
-from functools import cache
-from pathlib import Path
 
 import pytest
+from cuda_code import ARCHITECTURES, IMAGES, LIBRARY, dump, instructions, name_of, resources, sections
 
-import effkern
-from effkern import _lib
-
-LIBRARY = Path(effkern.__file__).parent / "lib" / "libeffkern_cuda.so"
-IMAGES = _lib.status().build.cuda_images
-ARCHITECTURES = [image for image in IMAGES if image.startswith("sm_")]
 ELEMENTS = ("Bf16", "Fp16")
 FORWARD = [(e, d, dv) for e in ELEMENTS for d in (64, 128) for dv in (64, 128)]
 FORWARD_SM90 = [
@@ -29,80 +20,25 @@ FORWARD_SM90 = [
 BACKWARD_SM90 = {64: (96, 128), 96: (80, 128), 128: (64, 128), 256: (64, 64)}
 MEGABYTES = 3  # an image; every unit costs disk and the start of a process
 
-if not LIBRARY.exists():
-    pytest.skip("the CUDA library was not built (no nvcc)", allow_module_level=True)
-
-
-def _tool() -> str:
-    """cuobjdump, from the toolkit or from the triton package."""
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(bundled) if bundled.exists() else None
-    if found is None:
-        pytest.skip("no cuobjdump: neither the CUDA toolkit nor triton is here")
-    return found
-
-
-@cache
-def _dump(*options: str) -> str:
-    return subprocess.run(
-        [_tool(), *options, str(LIBRARY)], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def _sections(text: str, pattern: str) -> dict[tuple[str, str], str]:
-    """Text by (architecture, kernel); `pattern` captures a kernel's name where its section begins."""
-    sections = {}
-    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
-        names = re.split(pattern, part)
-        for name, body in zip(names[1::2], names[2::2], strict=True):
-            sections[part.split(maxsplit=1)[0], name] = body
-    return sections
-
-
-def _name(kernel: str, template: str) -> str:
-    names = {name for _, name in _resources() if kernel in name and template in name}
-    assert len(names) == 1, names
-    return names.pop()
-
 
 def _forward_name(element: str, head_dim: int, value_dim: int) -> str:
-    return _name("attention_forward_sm80_kernel", f"4cuda4{element}ELi{head_dim}ELi{value_dim}EEE")
-
-
-@cache
-def _resources() -> dict[tuple[str, str], dict[str, int]]:
-    sections = _sections(_dump("-res-usage"), r" Function (\S+):")
-    return {
-        key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", body)}
-        for key, body in sections.items()
-    }
-
-
-@cache
-def _instructions() -> dict[tuple[str, str], Counter[str]]:
-    """How often each operation occurs in a kernel's machine code, without its modifiers."""
-    sections = _sections(_dump("-sass"), r"Function : (\S+)")
-    operation = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
-    return {key: Counter(operation.findall(body)) for key, body in sections.items()}
+    return name_of("attention_forward_sm80_kernel", f"4cuda4{element}ELi{head_dim}ELi{value_dim}EEE")
 
 
 def test_images_for_every_architecture() -> None:
     # Not by the file names of --list-elf, where an older cuobjdump leaves out the a of sm_90a.
-    images = {arch for arch, _ in _resources()}
-    ptx = {image.replace("sm_", "compute_") for image in re.findall(r"\.(sm_\w+)\.ptx", _dump("--list-ptx"))}
+    images = {arch for arch, _ in resources()}
+    ptx = {image.replace("sm_", "compute_") for image in re.findall(r"\.(sm_\w+)\.ptx", dump("--list-ptx"))}
     assert {"sm_80", "sm_90a"} <= images and ptx  # newer GPUs compile the PTX
     assert images | ptx == set(IMAGES)
 
 
 def test_no_kernel_uses_local_memory() -> None:
-    assert {arch for arch, _ in _resources()} == set(ARCHITECTURES)
-    for kernel, usage in _resources().items():
+    assert {arch for arch, _ in resources()} == set(ARCHITECTURES)
+    for kernel, usage in resources().items():
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), (kernel, usage)
         assert usage["REG"] <= 255
-        spills = {op: _instructions()[kernel][op] for op in ("LDL", "STL")}
+        spills = {op: instructions()[kernel][op] for op in ("LDL", "STL")}
         assert not any(spills.values()), (kernel, spills)
 
 
@@ -110,7 +46,7 @@ def test_no_kernel_uses_local_memory() -> None:
 @pytest.mark.parametrize(("element", "head_dim", "value_dim"), FORWARD)
 def test_forward_instructions(arch: str, element: str, head_dim: int, value_dim: int) -> None:
     """Tensor cores fed by ldmatrix, inputs by asynchronous copies; no input passes through registers."""
-    count = _instructions()[arch, _forward_name(element, head_dim, value_dim)]
+    count = instructions()[arch, _forward_name(element, head_dim, value_dim)]
     products = 2 * (64 // 8) * (head_dim // 16) + 2 * (value_dim // 8) * (64 // 16)  # one tile of 64 keys
     assert count["HMMA"] == products
     assert count["LDSM"] >= products // 4
@@ -120,10 +56,10 @@ def test_forward_instructions(arch: str, element: str, head_dim: int, value_dim:
 
 def _sm90_counts(kernel: str, template: str) -> tuple[Counter[str], int]:
     """Operations of an sm_90a kernel, and its waits for products."""
-    name = _name(kernel, template)
-    assert [arch for arch, other in _resources() if other == name] == ["sm_90a"]
-    text = _sections(_dump("-sass"), r"Function : (\S+)")["sm_90a", name]
-    return _instructions()["sm_90a", name], text.count("WARPGROUP.DEPBAR")
+    name = name_of(kernel, template)
+    assert [arch for arch, other in resources() if other == name] == ["sm_90a"]
+    text = sections(dump("-sass"), r"Function : (\S+)")["sm_90a", name]
+    return instructions()["sm_90a", name], text.count("WARPGROUP.DEPBAR")
 
 
 @pytest.mark.parametrize(("element", "head_dim", "keys"), FORWARD_SM90)
@@ -175,7 +111,7 @@ def test_size_of_the_library() -> None:
 
 def test_blocks_per_multiprocessor() -> None:
     """Registers let two blocks of 128 threads share a multiprocessor."""
-    for kernel, usage in _resources().items():
+    for kernel, usage in resources().items():
         if "attention_forward_sm80_kernel" in kernel[1]:
             allocated = -(-usage["REG"] // 8) * 8
             assert 65536 // (allocated * 128) >= 2, (kernel, usage)

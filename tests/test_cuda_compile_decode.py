@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cuda_compile import ARCHITECTURES, LIBRARY, _instructions, _resources
+from cuda_code import ARCHITECTURES, LIBRARY, instructions, name_of, resources
 
 SHAPES = ((64, 1), (64, 2), (96, 1), (96, 2), (128, 1), (128, 2), (256, 1))  # head dim, blocks of 16 rows
 KEYS = 16  # of a tile
@@ -20,14 +20,8 @@ every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
 every_element = pytest.mark.parametrize("element", ["Bf16", "Fp16"])
 
 
-def _name(kernel: str, template: str) -> str:
-    names = {name for _, name in _resources() if kernel in name and template in name}
-    assert len(names) == 1, names
-    return names.pop()
-
-
 def _split_name(element: str, dim: int, row_blocks: int) -> str:
-    return _name("attention_decode_split_sm80_kernel", f"4cuda4{element}ELi{dim}ELi{row_blocks}EEE")
+    return name_of("attention_decode_split_sm80_kernel", f"4cuda4{element}ELi{dim}ELi{row_blocks}EEE")
 
 
 @every_arch
@@ -36,7 +30,7 @@ def _split_name(element: str, dim: int, row_blocks: int) -> str:
 def test_split_instructions(arch: str, element: str, dim: int, row_blocks: int) -> None:
     """A tile is multiplied once, by tensor cores fed by ldmatrix; the cache arrives by asynchronous copies alone; the
     loop has no barrier of the block: two come after it."""
-    count = _instructions()[arch, _split_name(element, dim, row_blocks)]
+    count = instructions()[arch, _split_name(element, dim, row_blocks)]
     assert count["HMMA"] == row_blocks * (KEYS // 8 * dim // 16 + dim // 8)
     assert count["LDSM"] == (2 + row_blocks) * dim // 16  # keys, values, queries
     stages, steps = (4 if dim <= 96 else 3), KEYS * dim // 8 // 32
@@ -50,7 +44,7 @@ def test_split_instructions(arch: str, element: str, dim: int, row_blocks: int) 
 @every_arch
 @every_element
 def test_merge_instructions(arch: str, element: str) -> None:
-    count = _instructions()[arch, _name("attention_decode_merge_kernel", f"4cuda4{element}E")]
+    count = instructions()[arch, name_of("attention_decode_merge_kernel", f"4cuda4{element}E")]
     assert count["LDG"] > 0 and count["BAR"] == 1 and count["HMMA"] == 0
     assert not any(count[name] for name in ATOMICS)
 
@@ -60,7 +54,7 @@ def test_merge_instructions(arch: str, element: str) -> None:
 @pytest.mark.parametrize(("dim", "row_blocks"), SHAPES)
 def test_blocks_per_multiprocessor(arch: str, element: str, dim: int, row_blocks: int) -> None:
     """Registers let two blocks share a multiprocessor, which the planned split counts on."""
-    usage = _resources()[arch, _split_name(element, dim, row_blocks)]
+    usage = resources()[arch, _split_name(element, dim, row_blocks)]
     threads = 64 if dim > 128 else 128
     assert 65536 // (-(-usage["REG"] // 8) * 8 * threads) >= 2, usage
 
