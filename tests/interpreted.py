@@ -69,6 +69,8 @@ def settle(verdict: str) -> None:
     """Passes, skips or fails the test that a verdict belongs to."""
     if verdict.startswith("skipped: "):
         pytest.skip(verdict.removeprefix("skipped: "))
+    if "mask has unsupported dtype" in verdict and _release("triton") > (3, 7):
+        pytest.xfail("this interpreter makes a mask of 32-bit numbers of a block's mask & a scalar condition")
     assert not verdict, verdict
 
 

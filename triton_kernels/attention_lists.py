@@ -76,9 +76,10 @@ def _judge_ids(ids, sq, sk, shift, block_m, block_n, tiles_m, tiles_n):
     low = mine.masked_fill(~known, top).unflatten(1, (tiles_m, block_m)).amin(2)[:, None, :, None]
     high = mine.masked_fill(~known, bottom).unflatten(1, (tiles_m, block_m)).amax(2)[:, None, :, None]
     whole = (known | (positions >= sq)).unflatten(0, (tiles_m, block_m)).all(1)[None, None, :, None]
-    padding = tiles_n * block_n - sk
-    key_low = pad(ids, (0, padding), value=top).unflatten(1, (tiles_n, block_n)).amin(2)[:, None, None]
-    key_high = pad(ids, (0, padding), value=bottom).unflatten(1, (tiles_n, block_n)).amax(2)[:, None, None]
+    # Not torch.nn.functional.pad, whose value is a float: that has no room for these.
+    low_end, high_end = (ids.new_full((len(ids), tiles_n * block_n - sk), end) for end in (top, bottom))
+    key_low = torch.cat([ids, low_end], 1).unflatten(1, (tiles_n, block_n)).amin(2)[:, None, None]
+    key_high = torch.cat([ids, high_end], 1).unflatten(1, (tiles_n, block_n)).amax(2)[:, None, None]
     return (low <= key_high) & (key_low <= high), whole & (low == key_high) & (key_low == high)
 
 
