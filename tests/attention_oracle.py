@@ -300,10 +300,11 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
         parts = weights[..., None] * deltas
         unit["grad_sink_logits"] += parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() * half_steps
     slope = deltas.norm(dim=-1).max().item() * half_steps
-    if deltas.any(-1).sum() < 16:
+    few = deltas.any(-1).sum() < 16
+    if few:
         unit["grad_q"] += slope * scale * exact.k.abs().max().item()
         unit["grad_k"] += slope * scale * exact.q.abs().max().item() * column
-    if case.bias is not None and exact.leaves["bias"].numel() < 16:
+    if case.bias is not None and (few or exact.leaves["bias"].numel() < 16):
         unit["grad_bias"] += max(
             slope, deltas.norm().item() / exact.leaves["bias"].numel() ** 0.5 * half_steps
         )
