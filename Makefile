@@ -51,7 +51,7 @@ test: build
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -p no:benchmark $(ARGS)
 
 # timm imports torchvision, each release of which asks for one release of torch: the one that is there stays.
-INTEGRATIONS_NO_DEPS := timm==1.* torchvision==$(TORCHVISION)
+INTEGRATIONS_NO_DEPS := timm==1.* torchvision==$(TORCHVISION) pillow
 $(INTEGRATIONS_READY): $(READY)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[integrations]'
 	$(BIN)/python -m pip install -q --no-deps $(foreach package,$(INTEGRATIONS_NO_DEPS),'$(package)')
