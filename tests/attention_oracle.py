@@ -291,23 +291,13 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
     }
     if case.bias is not None and not all(case.bias):
         unit["grad_bias"] *= max(1.0, column)
-    # Delta is made of `out` as it was rounded: half a step of each number, at random. Where there are few rows, or few
-    # sums over rows, the composition may come closer by chance.
-    deltas = inputs.grad_out.double() * results["out"]
-    half_steps = torch.finfo(dtype).eps / 2 / (4 * torch.finfo(torch.float32).eps)
-    if case.sinks:  # the sum over all queries of weight times delta
+    if case.sinks:
+        # The sum over all queries of weight times delta, which is made of `out` as it was rounded: half a step of each
+        # number, at random. A single result, where the composition may come closer by chance.
         weights = (exact.leaves["sink_logits"][:, None] - results["lse"]).exp()
-        parts = weights[..., None] * deltas
-        unit["grad_sink_logits"] += parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() * half_steps
-    slope = deltas.norm(dim=-1).max().item() * half_steps
-    few = deltas.any(-1).sum() < 16
-    if few:
-        unit["grad_q"] += slope * scale * exact.k.abs().max().item()
-        unit["grad_k"] += slope * scale * exact.q.abs().max().item() * column
-    if case.bias is not None and (few or exact.leaves["bias"].numel() < 16):
-        unit["grad_bias"] += max(
-            slope, deltas.norm().item() / exact.leaves["bias"].numel() ** 0.5 * half_steps
-        )
+        parts = weights[..., None] * inputs.grad_out.double() * results["out"]
+        rounding = parts.movedim(-3, 0).flatten(1).norm(dim=1).max().item() / 2
+        unit["grad_sink_logits"] += rounding * torch.finfo(dtype).eps / (4 * torch.finfo(torch.float32).eps)
     return {name: unit[name] for name in names}
 
 
