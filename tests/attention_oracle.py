@@ -302,7 +302,22 @@ def summed_sizes(case: Case, inputs: Inputs, options: dict[str, Any], dtype: tor
 
 
 def check(case: Case, dtype: torch.dtype, route: Any) -> None:
-    """The op on `route` within the rule of effkern.testing: outputs, lse and every gradient."""
+    """The op on `route` within the rule of effkern.testing: outputs, lse and every gradient.
+
+    The rule compares worst errors. Where few queries or few keys give few numbers to be the worst of, several draws are
+    one result: in a single one the composition may be closer to the truth than rounding promises.
+    """
+    draws = [check_draw(case, dtype, route) for _ in range(8 if min(case.sq, case.sk) < 16 else 1)]
+    for name in draws[0][0]:
+        ours, baseline, oracle = (torch.stack([draw[i][name] for draw in draws]) for i in range(3))
+        unit = max(draw[3][name] for draw in draws)
+        assert_close_to_oracle(ours, baseline, oracle, f"{name} of {case} in {dtype}", unit=unit)
+
+
+def check_draw(
+    case: Case, dtype: torch.dtype, route: Any
+) -> tuple[Results, Results, Results, dict[str, float]]:
+    """Ours, the composition's, the exact results and the units, of one draw; dtypes and the way taken are checked."""
     inputs = make(case, dtype, route.device)
     options = case.options(route.device)
     ours = differentiate(with_lse, inputs, **options)
@@ -311,12 +326,10 @@ def check(case: Case, dtype: torch.dtype, route: Any) -> None:
     composed = composition if case.lengths is None else packed_composition
     baseline = differentiate(composed, inputs, **options)
     oracle = differentiate(reference.attention, inputs.double(), **options)
-    unit = summed_sizes(case, inputs, options, dtype)
     for name, result in ours.items():
         expected = torch.float32 if name == "lse" else dtype
         if name == "grad_bias" and case.bias_float:
             expected = torch.float32
         assert result.dtype == expected
         assert result.is_contiguous() or name.startswith("grad")
-        what = f"{name} of {case} in {dtype}"
-        assert_close_to_oracle(result, baseline[name], oracle[name], what, unit=unit[name])
+    return ours, baseline, oracle, summed_sizes(case, inputs, options, dtype)
